@@ -110,12 +110,12 @@ def count_votes(
     sigma:float,         # noise level
     sizes:dict,          # phase -> samples, such as {SELECTION: 100, ESTIMATION: 10_000}
     seed=0,              # of the run
-    batch_size=None,     # noisy images per forward pass; 200 on a CPU, 1000 on a GPU
+    batch_size=None,     # noisy images per forward pass; 100 on a CPU, 1000 on a GPU
     precision='float32', # or bfloat16, float16: forward passes under autocast
 ):                       # yields, image by image, int64 votes [phase, k]
     "Votes of the base classifier on noisy copies of each image."
     device = _device(model)
-    batch_size = check_samples(batch_size or (200 if device.type == 'cpu' else 1000), 'batch_size')
+    batch_size = check_samples(batch_size or (CHUNK if device.type == 'cpu' else 1000), 'batch_size')
     per_image, seen, finished, unfinished, finite = sum(sizes.values()), 0, 0, 0, True
     with frozen(model) if isinstance(model, nn.Module) else nullcontext():
         some = images[:8].to(device)

@@ -102,7 +102,7 @@ def fit(
     if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
-    method.to(device)
+    method.to(device, memory_format=torch.channels_last)
     images, labels = (t.to(device) for t in data)
     opt = torch.optim.SGD(model.parameters(), lr, momentum=.9, weight_decay=weight_decay)
     scheduler = lr_schedule(opt, schedule, epochs, lr_drops)
