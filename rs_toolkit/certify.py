@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from .bounds import certified_radius, check_alpha, check_samples, check_sigma, lower_bound, min_samples, two_sided_p
+from .bounds import certified_radius, check_alpha, check_samples, check_sigma, lower_bound, min_samples, round_down, two_sided_p
 from .data import check_images, fingerprint, unknown
 from .log import LogWriter, read_log
 from .models import frozen, weights_hash
@@ -47,7 +47,7 @@ class Certificate:
         n0, n, top = int(selection.sum()), int(estimation.sum()), int(np.argmax(selection))
         p = float(lower_bound(estimation[top], n, alpha))
         if p < .5: prediction, radius = ABSTAIN, 0.
-        else: prediction, radius = top, math.floor(certified_radius(p, sigma) * 1e9) / 1e9
+        else: prediction, radius = top, float(round_down(certified_radius(p, sigma)))
         return cls(prediction, radius, p, tuple(estimation.tolist()), n0, n, alpha, sigma, top)
 
 # %% ../nbs/05_certify.ipynb #0de1d1ff

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import bdtr, ndtr
 
-from .bounds import certified_radius, check_alpha, check_samples, lower_bound, votes_of
+from .bounds import certified_radius, check_alpha, check_samples, lower_bound, round_down, votes_of
 
 # %% ../nbs/06_metrics.ipynb #9194d107
 def credited_radii(
@@ -107,7 +107,7 @@ def recertify(
     votes = log[['n_a', 'n_true']].to_numpy(int) if n == drawn else thin(log, n, seed)
     bound = lower_bound(votes[:, 0], n, alpha)
     predict = np.where(bound >= .5, log.selected, -1)
-    radius = np.floor(certified_radius(bound, sigma) * 1e9) / 1e9                       # rounded down, as certify does
+    radius = round_down(certified_radius(bound, sigma))
     new = dict(n_a=votes[:, 0], n_true=votes[:, 1], n=n, alpha=alpha, predict=predict, radius=radius, correct=predict == log.label)
     return log.assign(**{name: pd.Series(values, log.index).astype(log[name].dtype) for name, values in new.items()})
 

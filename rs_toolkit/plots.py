@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'OTHER_COLOURS', 'DASHES', 'method_of', 'colours', 'dashes', 'layout', 'name_ends',
-           'certified_accuracy_curve', 'p_a_survival_curve', 'p_a_difference_curve', 'training_curves', 'certifying']
+           'certified_accuracy_curve', 'p_a_survival_curve', 'p_a_difference_curve', 'training_curves', 'certifying',
+           'LiveFigure']
 
 # %% ../nbs/07_plots.ipynb #a8bd6b34
 import re
@@ -12,6 +13,7 @@ import re
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from IPython.display import display
 from plotly.subplots import make_subplots
 
 from .metrics import abstention_rate, average_certified_radius, certified_accuracy, credited_radii, envelope as best_of, p_a_survival, radii_grid
@@ -92,7 +94,7 @@ def certified_accuracy_curve(
         last = max(np.flatnonzero(y), default=0)
         fig.add_scatter(x=radii[:last+2], y=y[:last+2], name=name, line=dict(shape='vh', width=2.5, color=colour[name], dash=dash[name]), hovertemplate='%{y:.1%}')
         ends.append((name, radii[last], y[last], colour[name]))
-    return layout(name_ends(fig, ends, gap=.055, letter=.0115*stop), title, xaxis=dict(title='certified ℓ<sub>2</sub> radius (pixel units)', range=[0, 1.02 * stop]),
+    return layout(name_ends(fig, ends, gap=.055, letter=.0125*stop), title, xaxis=dict(title='certified ℓ<sub>2</sub> radius (pixel units)', range=[0, 1.02 * stop]),
                   yaxis=dict(title='certified accuracy', range=[0, 1.01], tickformat='.0%'))
 
 # %% ../nbs/07_plots.ipynb #92b167db
@@ -153,3 +155,11 @@ def certifying(
     if not len(log): return certified_accuracy_curve({}, f'0 of {total:,} images')
     return certified_accuracy_curve({name: log}, f'{len(log):,} of {total:,} images: {certified_accuracy(log, 0.):.0%} certified, '
                                     f'ACR {average_certified_radius(log):.3f}, {abstention_rate(log):.0%} abstained')
+
+# %% ../nbs/07_plots.ipynb #42b2fffd
+class LiveFigure:
+    "A figure in the output of a cell that is replaced by each further one."
+    def __init__(self, fig:go.Figure=None):
+        self.handle = display(fig._repr_mimebundle_() if fig else {'text/plain': ''}, raw=True, display_id=True)
+
+    def __call__(self, fig:go.Figure): self.handle.update(fig._repr_mimebundle_(), raw=True)

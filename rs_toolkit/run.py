@@ -71,7 +71,7 @@ def environment(
     cuda = device is not None and torch.device(device).type == 'cuda'
     return dict(versions={p: version(p) for p in ('torch', 'torchvision', 'numpy', 'scipy')} | {'python': platform.python_version()},
                 revision=git.stdout.strip() or None, device=str(device),
-                hardware=torch.cuda.get_device_name(device) if cuda else f'{cpu_name()}, {torch.get_num_threads()} threads')
+                hardware=torch.cuda.get_device_name(device) if cuda else f'{cpu_name()}, torch threads: {torch.get_num_threads()}')
 
 def cpu_name()->str:
     "The processor, as the system calls it."

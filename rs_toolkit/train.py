@@ -125,7 +125,7 @@ def fit(
             few = [t[::-(-len(t) // 1000)] for t in test]
             row |= dict(clean_accuracy=accuracy(model, *few), noisy_accuracy=accuracy(model, *few, sigma=method.sigma))
         history.append(row | dict(seconds=time.perf_counter() - started))
-        bar.set_postfix({k: f'{v:.3f}' for k, v in row.items() if k not in ('epoch', 'lr')})
+        bar.set_postfix({k: f'{v:.3f}' for k, v in row.items() if k not in ('epoch', 'lr')}, refresh=False)
         if resume: save_state(resume, parts, history=history, setup=setup)
         if watch: watch(pd.DataFrame(history))
     bar.close()

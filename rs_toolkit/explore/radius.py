@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'LOOKS', 'SHARES', 'fewest_votes', 'vote_value',
-           'constant_acr', 'nines', 'large', 'Setting', 'certificate_in_words', 'theorem_in_words', 'in_words',
-           'radius_traces', 'line', 'dashed', 'words', 'named', 'dot', 'drop', 'radius_figure', 'RadiusExplorer']
+           'constant_acr', 'nines', 'large', 'down', 'probability', 'Setting', 'certificate_in_words',
+           'theorem_in_words', 'in_words', 'short', 'radius_traces', 'line', 'dashed', 'text', 'named', 'dot', 'drop',
+           'radius_figure', 'RadiusExplorer']
 
 # %% ../../nbs/explore/radius.ipynb #c91f5a71
 from bisect import bisect_left
@@ -61,6 +62,19 @@ def large(
     mantissa, exponent = f'{x:.1e}'.split('e')
     return f'{mantissa} × 10<sup>{int(exponent)}</sup>'
 
+def down(
+    x:float,   # a radius or a probability that we promise
+    digits=3,  # behind the point
+)->str:
+    "A promise in digits: cut off, for rounding up would promise too much."
+    return f'{np.floor(x * 10**digits) / 10**digits:.{digits}f}'
+
+def probability(
+    p:float,  # a lower bound
+)->str:
+    "A promise of nines: three more digits than it has."
+    return down(p, 3 - int(np.log10(nines(p))))
+
 # %% ../../nbs/explore/radius.ipynb #a6222216
 @dataclass(frozen=True)
 class Setting:
@@ -92,14 +106,14 @@ def certificate_in_words(s:Setting)->str:
     "What the vote promises, or why it promises nothing."
     words = f'<b>{s.votes:,} of {s.n:,}</b> noisy copies agree. Except with chance α = {s.alpha:.2g}, their class has probability '
     if s.fewest > s.n:
-        return words + (f'{s.bound:.3f} at least. <b>Abstain</b>: even {s.n:,} of {s.n:,} votes prove nothing here, '
+        return words + (f'{probability(s.bound)} at least. <b>Abstain</b>: even {s.n:,} of {s.n:,} votes prove nothing here, '
                         f'the first N that can is {min_samples(s.alpha)}.')
     if s.votes < s.fewest:
-        return words + (f'{s.bound:.4f} at least, and that is below one half. <b>Abstain</b>: '
+        return words + (f'{probability(s.bound)} at least, and that is below one half. <b>Abstain</b>: '
                         f'it takes {s.fewest:,} votes ({s.fewest / s.n:.2%}) to certify anything.')
-    rest = f'The most that this N can certify is {s.ceiling:.3f} = {s.ceiling / s.sigma:.2f} σ'
-    if s.votes == s.n: return words + f'<b>{s.bound:.6f}</b> at least: no change shorter than <b>{s.radius:.3f}</b> alters the answer. {rest}, and this is it.'
-    return words + (f'<b>{s.bound:.5f}</b> at least: no change shorter than <b>{s.radius:.3f}</b> alters the answer. '
+    rest = f'The most that this N can certify is {down(s.ceiling)} = {s.ceiling / s.sigma:.2f} σ'
+    if s.votes == s.n: return words + f'<b>{probability(s.bound)}</b> at least: no change shorter than <b>{down(s.radius)}</b> alters the answer. {rest}, and this is it.'
+    return words + (f'<b>{probability(s.bound)}</b> at least: no change shorter than <b>{down(s.radius)}</b> alters the answer. '
                     f'Taken at its word, the share would give {certified_radius(s.votes / s.n, s.sigma):.3f}. {rest}.')
 
 def theorem_in_words(s:Setting)->str:
@@ -113,6 +127,8 @@ def theorem_in_words(s:Setting)->str:
 def in_words(s:Setting)->str: return f'<div role="status" style="line-height:1.5">{certificate_in_words(s)}<br>{theorem_in_words(s)}</div>'
 
 # %% ../../nbs/explore/radius.ipynb #7642ba0e
+def short(x): return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+
 def radius_traces(s:Setting)->dict:
     "What each line of the picture shows, by name."
     n, edge = s.n, min(s.fewest / s.n, 1)
@@ -124,21 +140,21 @@ def radius_traces(s:Setting)->dict:
     zone, beyond = [.4, edge, edge, .4], s.budget > budgets[-1]
     return {
         'radius zone': dict(x=zone, y=[0, 0, 9, 9]),
-        'radius zone label': dict(x=[(.4 + edge) / 2], y=[4.5], text=['abstains' if edge == 1 else f'abstains<br>below<br>{edge:.4g}']),
+        'radius zone label': dict(x=[(.4 + edge) / 2], y=[4.5], text=['abstains' if s.fewest > n else f'abstains<br>below<br>{edge:.4g}']),
         'radius': dict(x=share, y=certified_radius(bound, s.sigma)),
         'radius if known': dict(x=known, y=certified_radius(known, s.sigma)),
-        'radius if known label': dict(x=[1 - 2e-6], y=[certified_radius(1 - 2e-6, s.sigma)], text=['if p<sub>A</sub> were known ']),
-        'ceiling': dict(x=[.4, 1], y=[s.ceiling] * 2, text=['', f' ceiling {s.ceiling:.2f}']),
-        'radius now': dict(x=[now], y=[s.radius], text=[f' {s.radius:.2f}']),
+        'radius if known label': dict(x=[1], y=[min(4.7, certified_radius(known[-1], s.sigma))], text=['if p<sub>A</sub> were known ']),
+        'ceiling': dict(x=[.4, 1], y=[s.ceiling] * 2, text=['', f' ceiling {down(s.ceiling)}']),
+        'radius now': dict(x=[now], y=[s.radius], text=[f' {down(s.radius)}']),
         'slope zone': dict(x=zone, y=[1e-3, 1e-3, 1e9, 1e9]),
         'slope': dict(x=share, y=slope),
-        'slope label': dict(x=[1], y=slope[-1:], text=[f' {slope[-1]:,.0f}']),
+        'slope label': dict(x=[1], y=slope[-1:], text=[f' {short(slope[-1])}']),
         'slope if known': dict(x=known, y=sensitivity(known, s.sigma)),
-        'slope now': dict(x=[now], y=[worth], text=[f' {worth:.3g}']),
+        'slope now': dict(x=[now], y=[worth], text=[f' {short(worth)}']),
         'bound': dict(x=nines(share), y=nines(bound)),
-        'bound label': dict(x=[FLOOR], y=nines(bound[-1:]), text=[f' {bound[-1]:.6f}']),
+        'bound label': dict(x=[FLOOR], y=nines(bound[-1:]), text=[f' {probability(bound[-1])}']),
         'bound if known': dict(x=[.6, 1e-6, FLOOR], y=[.6, 1e-6, FLOOR], text=['', 'if p<sub>A</sub> were known ', '']),
-        'bound now': dict(x=[nines(now)], y=[nines(s.bound)], text=[f' {s.bound:.5f}']),
+        'bound now': dict(x=[nines(now)], y=[nines(s.bound)], text=[f' {probability(s.bound)}']),
         'constant': dict(x=budgets, y=constant_acr(budgets, s.sigma, s.num_classes, s.alpha)),
         'to beat': dict(x=budgets[[0, -1]], y=[s.acr] * 2, text=['', f' to beat {s.acr:g}']),
         'this N': dict(x=[n, n], y=[0, s.constant], text=['', f' {s.constant:.3f}']),
@@ -151,7 +167,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY, ZONE = '#0072B2', '#D55E00', '#009E73', '#AA4
 
 def line(color, width=2.5, **look): return dict(mode='lines', line=dict(color=color, width=width) | look)
 def dashed(color, dash='4px,3px'): return line(color, 1.5, dash=dash)
-def words(color, position='top right'): return dict(mode='text', textposition=position, textfont_color=color, cliponaxis=False, hoverinfo='skip')
+def text(color, position='top right'): return dict(mode='text', textposition=position, textfont_color=color, cliponaxis=False, hoverinfo='skip')
 def named(line, position='top right'): return line | dict(mode='lines+text', textposition=position, textfont_color=line['line']['color'], cliponaxis=False)
 def dot(color, position='bottom right', size=11, mode='markers+text'):
     marker = dict(color=color, size=size, opacity=1, line=dict(color='white', width=1.5))
@@ -163,20 +179,20 @@ SHADE = dict(mode='none', fill='toself', fillcolor=ZONE, hoverinfo='skip')
 # %% ../../nbs/explore/radius.ipynb #91ce7bf6
 LOOKS = {  # what `radius_traces` computes -> panel, look
     'radius zone': (1, 1, SHADE),
-    'radius zone label': (1, 1, words(GREY, 'middle center')),
+    'radius zone label': (1, 1, text(GREY, 'middle center')),
     'ceiling': (1, 1, named(dashed('black', 'dot'))),
     'radius if known': (1, 1, dashed(GREY)),
-    'radius if known label': (1, 1, words(GREY, 'middle left')),
+    'radius if known label': (1, 1, text(GREY, 'middle left')),
     'radius': (1, 1, line(BLUE)),
     'radius now': (1, 1, dot(ORANGE)),
     'slope zone': (1, 2, SHADE),
     'slope if known': (1, 2, dashed(GREY)),
     'slope': (1, 2, line(BLUE)),
-    'slope label': (1, 2, words(BLUE)),
+    'slope label': (1, 2, text(BLUE)),
     'slope now': (1, 2, dot(ORANGE)),
     'bound if known': (2, 1, named(dashed(GREY), 'middle left')),
     'bound': (2, 1, line(BLUE)),
-    'bound label': (2, 1, words(BLUE)),
+    'bound label': (2, 1, text(BLUE)),
     'bound now': (2, 1, dot(ORANGE)),
     'constant': (2, 2, line(GREEN)),
     'to beat': (2, 2, named(dashed(PURPLE))),
@@ -193,7 +209,7 @@ def radius_figure(s:Setting=Setting())->go.Figure:
     for name, (row, col, look) in LOOKS.items(): fig.add_scatter(row=row, col=col, name=name, **look, **traces[name])
     tails = dict(type='log', tickvals=[.5, .1, .01, .001, 1e-4, 1e-5, 1e-6], ticktext=['.5', '.9', '.99', '.999', '.9999', '.99999', '.999999'])
     fig.update_xaxes(title='observed share of votes k/N', range=[.4, 1], row=1)
-    fig.update_xaxes(tails, title='observed share of votes, in nines', range=np.log10([.6, FLOOR]),
+    fig.update_xaxes(tails, title='observed share of votes, in nines', range=np.log10([.6, FLOOR]), tickangle=0,
                      tickvals=tails['tickvals'][:-1] + [FLOOR], ticktext=tails['ticktext'][:-1] + ['all'], row=2, col=1)
     fig.update_xaxes(title='samples N', type='log', range=[1, 10], exponentformat='B', row=2, col=2)
     fig.update_yaxes(title='certified ℓ<sub>2</sub> radius (pixel units)', range=[0, 5.2], row=1, col=1)

@@ -1,0 +1,154 @@
+"""JupyterLab in a real browser: open a notebook, run it, press keys, see what moves.
+
+    with lab(ROOT) as server, chromium() as browser, server.notebook(browser, 'nbs/explore/radius.ipynb') as page:
+        run(page)
+        ms = press(page, slider=0, key='ArrowLeft')
+
+Every failure is an `AssertionError` that names what the page or the kernel said: a raising cell, a widget that does not load, an exception in a callback
+(JupyterLab hides those in a log), a dialog that waits for an answer, a figure that does not follow its slider.
+"""
+import json, os, secrets, shutil, signal, socket, subprocess, sys, tempfile, time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from playwright.sync_api import TimeoutError as Late, sync_playwright
+
+CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or '/usr/bin/chromium'
+SETTINGS = {'docmanager-extension/plugin': {'autosave': False},              # a test leaves the notebook as it was
+            'notebook-extension/tracker': {'windowingMode': 'none'},         # outputs out of view are in the page, too
+            'apputils-extension/notification': {'checkForUpdates': False, 'fetchNews': 'false', 'doNotDisturbMode': True}}
+
+READY = '''() => {
+    const dialog = document.querySelector('.jp-Dialog'), panel = window.jupyterapp?.shell.currentWidget;
+    return dialog ? dialog.innerText : panel?.context?.isReady && panel.sessionContext.isReady && panel.sessionContext.session && 'ready';
+}'''
+
+# `said` collects every error that the kernel reports, from cells and from callbacks; `done` comes when the kernel is idle again
+RUN = '''() => {
+    const app = window.jupyterapp, kernel = app.shell.currentWidget.sessionContext.session.kernel;
+    window.said = []; window.done = false;
+    kernel.iopubMessage.connect((_, {header, content}) => {
+        if (header.msg_type === 'error') window.said.push(`${content.ename}: ${content.evalue}`);
+        if (header.msg_type === 'stream' && content.text.includes('Traceback')) window.said.push(content.text);
+    });
+    app.commands.execute('notebook:run-all-cells').then(() => kernel.requestKernelInfo()).then(() => { window.done = true; });
+}'''
+
+# what is wrong with the page, in words; an explorer marks its own complaints with role="alert"
+COMPLAINTS = '''() => {
+    const outputs = [...document.querySelectorAll('.jp-OutputArea-output')];
+    document.querySelectorAll('.jupyter-widgets-error-widget.icon-error').forEach(icon => icon.click());         // unfolds its message
+    const broken = outputs.map(o => o.innerText).filter(t => /Error (displaying|creating) widget|Failed to load|Could not create|model not found/i.test(t));
+    const alerts = outputs.flatMap(o => [...o.querySelectorAll('[role=alert], .jupyter-widgets-error-widget')]).map(e => e.innerText);
+    return [...(window.said || []), ...broken, ...alerts];
+}'''
+
+LOADED = '''() => {
+    const plots = [...document.querySelectorAll('.js-plotly-plot')];
+    const loading = [...document.querySelectorAll('.jp-OutputArea-output')].some(o => /Loading widget/i.test(o.innerText));
+    return !loading && plots.length && plots.every(p => p.querySelector('.main-svg'));
+}'''
+
+# clocks the last redraw after a key press, and tells whether the plotted data differ from those before it
+WATCH = '''() => {
+    const plots = [...document.querySelectorAll('.js-plotly-plot')];
+    const data = () => JSON.stringify(plots.map(p => p.data.map(t => [t.x, t.y, t.z])));
+    const watch = window.watch = {before: data(), pressed: null, drawn: null};
+    watch.settled = () => watch.drawn && performance.now() - watch.drawn > 150 && data() !== watch.before;
+    document.addEventListener('keydown', () => { watch.pressed = performance.now(); }, {capture: true, once: true});
+    plots.forEach(p => { p.removeAllListeners('plotly_afterplot'); p.on('plotly_afterplot', () => { watch.drawn = performance.now(); }); });
+}'''
+
+
+@dataclass
+class Server:
+    url: str
+    token: str
+
+    @contextmanager
+    def notebook(self, browser, path, width=1280, height=1000):
+        "A page with the notebook open and its kernel ready."
+        page = browser.new_page(viewport=dict(width=width, height=height))
+        page.goto(f'{self.url}/doc/tree/{path}?token={self.token}')
+        state = page.wait_for_function(READY, timeout=90_000).json_value()
+        assert state == 'ready', f'JupyterLab asks: {state}'
+        try: yield page
+        finally: page.close()
+
+
+@contextmanager
+def lab(root, timeout=90):
+    "JupyterLab over `root` on a free loopback port, behind a random token; gone, kernels and all, when the block ends."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix='lab_') as home:
+        home, server = Path(home), Server(f'http://127.0.0.1:{port}', secrets.token_hex(24))
+        for name, values in SETTINGS.items():
+            file = home / 'settings/@jupyterlab' / f'{name}.jupyterlab-settings'
+            file.parent.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(values))
+        env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}      # the kernel is not under test
+        env |= dict(JUPYTER_TOKEN=server.token, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'), IPYTHONDIR=str(home/'ipython'))
+        options = dict(ServerApp=dict(ip='127.0.0.1', port=port, port_retries=0, root_dir=root, allow_root=True),
+                       LabApp=dict(user_settings_dir=home/'settings', workspaces_dir=home/'workspaces', extension_manager='readonly',
+                                   check_for_updates_class='jupyterlab.NeverCheckForUpdate', news_url='None'))
+        flags = [f'--{app}.{name}={value}' for app, values in options.items() for name, value in values.items()]
+        with open(home/'log', 'w+') as log:
+            process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--expose-app-in-browser', *flags],
+                                       env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            try:
+                until = time.monotonic() + timeout
+                while not answers(server.url):
+                    assert process.poll() is None and time.monotonic() < until, f"JupyterLab did not start:\n{(home/'log').read_text()[-3000:]}"
+                    time.sleep(.1)
+                yield server
+            finally: stop(process)
+
+def answers(url):
+    try: return urlopen(f'{url}/api', timeout=5)
+    except (URLError, OSError): return None
+
+def stop(process, patience=15):
+    process.send_signal(signal.SIGTERM)              # ends its kernels first
+    try: process.wait(patience)
+    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+
+
+@contextmanager
+def chromium():
+    "Debian's headless browser."
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        try: yield browser
+        finally: browser.close()
+
+
+def check(page):
+    "Fail with whatever the kernel, the widgets or the explorer complained about."
+    complaints = page.evaluate(COMPLAINTS)
+    assert not complaints, '\n'.join(complaints)
+
+def wait(page, condition, what, seconds):
+    "Wait for a condition in the page; if it does not come, say why."
+    try: page.wait_for_function(condition, timeout=1000 * seconds)
+    except Late: check(page); raise AssertionError(f'{what} within {seconds} s') from None
+
+def run(page, seconds=300):
+    "Run all cells and wait until every widget and figure is on the page."
+    page.evaluate(RUN)
+    wait(page, '() => window.done', 'the cells did not finish', seconds)
+    check(page)
+    wait(page, LOADED, 'the widgets did not load', 60)
+    page.wait_for_timeout(500)
+    check(page)
+
+def press(page, slider, key, seconds=10):
+    "Press a key on a slider; milliseconds until the figures, whose data must change, are redrawn."
+    handle = page.locator('[role=slider]').nth(slider)
+    handle.focus()
+    page.evaluate(WATCH)
+    handle.press(key)
+    wait(page, '() => window.watch.settled()', f'slider {slider}: no plotted data changed after {key}', seconds)
+    check(page)
+    return page.evaluate('() => window.watch.drawn - window.watch.pressed')
