@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 from .data import STATISTICS, statistics
+from .log import write_file
 from .models import build
 
 # %% ../nbs/11_checkpoint.ipynb #099c5f01
@@ -29,9 +30,8 @@ def save(
     missing = [k for k in RECIPE if k not in metadata]
     if missing: raise ValueError(f"a checkpoint must say how to rebuild the network: {', '.join(missing)} missing")
     path = Path(folder)/'model.safetensors'
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(state, path, {k: json.dumps(v) for k, v in metadata.items()})
+    write_file(path, serialize(state, {k: json.dumps(v) for k, v in metadata.items()}))
     return path
 
 def _ours(path):

@@ -143,7 +143,7 @@ def training_curves(
     for epoch in drops if len(drops) < 6 else []: fig.add_vline(epoch + .5, line=dict(color='#bbbbbb', width=1, dash='dot'), layer='below')
     fig.update_xaxes(title='epoch', range=[0, last])
     fig.update_yaxes(title='loss term, mean over the epoch', rangemode='tozero', row=1, col=1)
-    fig.update_yaxes(title='accuracy', range=[0, 1.01], tickformat='.0%', row=1, col=2)
+    fig.update_yaxes(title='accuracy', range=[0, 1.07], tickformat='.0%', row=1, col=2)
     return layout(fig, title, margin_r=70)
 
 def certifying(

@@ -18,6 +18,7 @@ import torch
 
 import rs_toolkit
 from .data import project_folder, unknown
+from .log import write_file
 
 # %% ../nbs/12_run.ipynb #d3a586e9
 def parameters(
@@ -53,14 +54,8 @@ def write_json(
     path,    # file
     record,  # anything that JSON can hold
 ):
-    "Write `record` so that the file is either old or new, never half; a full disk or a read-only folder is said plainly."
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix('.tmp').write_text(json.dumps(record, indent=2) + '\n')
-        os.replace(path.with_suffix('.tmp'), path)
-    except OSError as e:
-        raise OSError(f"cannot write {path} ({e.strerror}): free some space or choose another `out`; nothing written before is lost") from e
+    "Write `record`, whole or not at all."
+    write_file(path, (json.dumps(record, indent=2) + '\n').encode())
 
 def environment(
     device=None,  # torch device in use

@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'accuracy', 'pick_device', 'lr_schedule', 'save_state', 'load_state', 'fit']
 
 # %% ../nbs/10_train.ipynb #313c2c82
-import os
+import io
 import time
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from .data import batches, check_images, fingerprint, image_keys, unknown
-from .models import frozen, weights_hash
+from .log import write_file
+from .models import frozen
 from .noise import gaussian_noise
 
 # %% ../nbs/10_train.ipynb #82ac90a2
@@ -63,11 +64,10 @@ def save_state(
     parts,    # name -> anything with a state_dict
     **facts,  # plain values
 ):
-    "Write the complete state of a run, atomically."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**{name: part.state_dict() for name, part in parts.items()}, **facts, 'rng': torch.get_rng_state()}, path.with_suffix('.tmp'))
-    os.replace(path.with_suffix('.tmp'), path)
+    "Write the complete state of a run, whole or not at all."
+    content = io.BytesIO()
+    torch.save({**{name: part.state_dict() for name, part in parts.items()}, **facts, 'rng': torch.get_rng_state()}, content)
+    write_file(path, content.getvalue())
 
 def load_state(path, parts, setup):
     "Put a saved state back into `parts`; refuse one that belongs to another setting. Returns its facts."
