@@ -158,7 +158,9 @@ class LogWriter:
                   for was in sorted({row[name] for row in rows} - {now})]
         if differ: raise ValueError(f"{self.path} belongs to another setting ({'; '.join(differ)}): "
                                     "choose another path for the log, or delete it to begin again")
-        return len(whole), {int(row['idx']): row['data'] for row in rows}
+        done = {int(row['idx']): row['data'] for row in rows}
+        if len(done) < len(rows): raise ValueError(f"{self.path} has an idx twice: did two processes write it? Choose another path for the log")
+        return len(whole), done
 
     def write(self,
         row:dict,  # idx label predict radius correct time (seconds) n_a n_true selected data

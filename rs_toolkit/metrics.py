@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['credited_radii', 'certified_accuracy', 'average_certified_radius', 'abstention_rate', 'radii_grid', 'setting',
            'certified_accuracy_lower', 'p_a', 'p_a_survival', 'recertify', 'thin', 'envelope', 'check_comparable',
-           'summary', 'per_class']
+           'summary', 'results', 'per_class']
 
 # %% ../nbs/06_metrics.ipynb #92a8862e
 import numpy as np
@@ -165,6 +165,14 @@ def summary(
     "The table of a paper; raises where rows would not compare."
     check_comparable(logs)
     return pd.DataFrame({name: _summary(log, radii) for name, log in logs.items()}).T
+
+def results(
+    log:pd.DataFrame,  # a certification log
+    radii,             # l2 radii
+)->dict:               # plain numbers: images, acr, abstention_rate, certified_accuracy_0.25 ..., certify_seconds
+    "What a run records of its certificates, one flat record."
+    return dict(images=len(log), acr=float(average_certified_radius(log)), abstention_rate=float(abstention_rate(log)),
+                **{f'certified_accuracy_{r:.2f}': float(a) for r, a in zip(radii, certified_accuracy(log, radii))}, certify_seconds=log.time.dt.total_seconds().sum())
 
 def per_class(
     log:pd.DataFrame,  # a certification log

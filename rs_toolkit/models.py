@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
-           'torchvision_net', 'model_names', 'build', 'weights_hash', 'frozen', 'HalfSpace']
+           'torchvision_net', 'model_names', 'build', 'weights_hash', 'check_model', 'frozen', 'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
 from contextlib import contextmanager
@@ -134,6 +134,21 @@ def build(
 def weights_hash(model)->str:
     "12 hex digits that change with any weight, running statistic or normalisation constant."
     return fingerprint([*model.parameters(), *model.buffers()])
+
+# %% ../nbs/03_models.ipynb #269a8899
+def check_model(
+    model,        # anything that can be called with images
+    x,            # [b, C, H, W]
+)->torch.Tensor:  # its logits for them, [b, k]
+    "Refuse what does not map images to logits of at least two classes."
+    try: logits = model(x)
+    except Exception as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError): raise
+        raise ValueError(f"the model fails on images of shape {list(x.shape)}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise ValueError(f"a classifier maps images [b, C, H, W] to logits [b, k] of k >= 2 classes; for {list(x.shape)} this one gave "
+                         f"{list(getattr(logits, 'shape', [type(logits).__name__]))}")
+    return logits
 
 # %% ../nbs/03_models.ipynb #7b913e38
 @contextmanager

@@ -7,6 +7,8 @@ __all__ = ['CHUNK', 'SELECTION', 'ESTIMATION', 'PREDICTION', 'key_seed', 'fill_n
            'noisy_cross_entropy', 'noise_chunk']
 
 # %% ../nbs/01_noise.ipynb #22770eb7
+from numbers import Integral
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,8 @@ def key_seed(
     counter:int=0,  # which stream of that key; different counters give different seeds, always
 )->int:             # 32 bits
     "A seed that depends on `key` and `counter` alone."
-    if any(k < 0 for k in key): raise ValueError(f"seeds and indices must not be negative, got {key}")
+    if not all(isinstance(k, Integral) and 0 <= k < 2**32 for k in key):
+        raise ValueError(f"seeds, epochs and indices must be whole numbers from 0 to 2^32 - 1, got {key}")
     h = (int(np.random.SeedSequence([int(k) for k in key]).generate_state(1)[0]) + counter) & 0xffffffff
     for shift, factor in (16, 0x85ebca6b), (13, 0xc2b2ae35), (16, 1):
         h = ((h ^ h >> shift) * factor) & 0xffffffff

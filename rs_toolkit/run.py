@@ -47,7 +47,7 @@ def _convert(name, value, kind):
             if type(value).__name__ == kind: return value
         if kind == 'bool' and isinstance(value, bool): return value
     except (TypeError, ValueError): pass
-    raise ValueError(f"parameter {name} must be a {kind}, got {value!r}")
+    raise ValueError(f"parameter {name} must be of type {kind}, got {value!r}")
 
 # %% ../nbs/12_run.ipynb #8ece73b2
 def write_json(
@@ -84,10 +84,12 @@ def open_run(
     folder = Path(out) if out else project_folder()/'runs'/default
     config = folder/'config.json'
     if config.exists():
-        before = json.loads(config.read_text())['parameters']
+        record = json.loads(config.read_text())
+        before = record['parameters']
         differ = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in parameters.items() if k != 'out' and before.get(k) != v]
         if differ: raise ValueError(f"{folder} holds a run with other parameters ({'; '.join(differ)}): choose another `out`, or delete the folder")
-    else: write_json(config, dict(parameters=parameters, **environment(device)))
+        if (here := environment(device)) not in record['environments']: note(folder, environments=record['environments'] + [here])
+    else: write_json(config, dict(parameters=parameters, environments=[environment(device)]))
     return folder
 
 def note(

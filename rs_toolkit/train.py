@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .bounds import check_samples
 from .data import batches, check_images, fingerprint, image_keys, unknown
 from .log import write_file
-from .models import frozen
+from .models import check_model, frozen
 from .noise import gaussian_noise
 
 # %% ../nbs/10_train.ipynb #82ac90a2
@@ -42,7 +43,9 @@ def pick_device(
     name='auto',  # auto, cpu, cuda, cuda:1, mps ...
 )->torch.device:
     "The named device; `auto` takes a GPU when there is one."
-    return torch.device(name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: return torch.device(name)
+    except RuntimeError: raise unknown('device', name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps']) from None
 
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
@@ -55,7 +58,7 @@ def lr_schedule(
 ):                  # torch scheduler, stepped once per epoch
     "Step decay exactly at the named epochs (peers' code is one epoch late), or cosine decay to 0."
     if schedule == 'cosine': return torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs)
-    if schedule == 'step': return torch.optim.lr_scheduler.MultiStepLR(opt, lr_drops or [epochs // 3, 2 * epochs // 3])
+    if schedule == 'step': return torch.optim.lr_scheduler.MultiStepLR(opt, lr_drops or [e for e in (epochs // 3, 2*epochs // 3) if e])
     raise unknown('schedule', schedule, ['step', 'cosine'])
 
 # %% ../nbs/10_train.ipynb #d795707b
@@ -99,19 +102,22 @@ def fit(
 )->pd.DataFrame:         # a row per epoch: epoch, lr, each loss term, clean_accuracy, noisy_accuracy, seconds
     "Train `model` in place."
     check_images(*data)
+    check_samples(epochs, 'epochs'), check_samples(batch_size, 'batch_size')
     if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
     method.to(device, memory_format=torch.channels_last)
     images, labels = (t.to(device) for t in data)
+    with torch.no_grad(), frozen(model): check_images(*data, check_model(model, images[:2]).shape[1])
     opt = torch.optim.SGD(model.parameters(), lr, momentum=.9, weight_decay=weight_decay)
     scheduler = lr_schedule(opt, schedule, epochs, lr_drops)
 
     parts, history = dict(model=model, method=method, optimizer=opt, scheduler=scheduler), []
     if resume:
-        setup = dict(method=type(method).__name__, sigma=method.sigma, num_noise=method.num_noise, epochs=epochs, batch_size=batch_size, lr=lr,
-                     weight_decay=weight_decay, schedule=schedule, lr_drops=lr_drops, seed=seed, device=device.type, precision=precision,
-                     augment=getattr(augment, '__name__', None), parameters=sum(p.numel() for p in model.parameters()), data=fingerprint(data))
+        plain = {k: v for k, v in vars(method).items() if isinstance(v, (str, int, float)) and k not in ('epoch', 'training')}
+        setup = dict(method=type(method).__name__, **plain, epochs=epochs, batch_size=batch_size, lr=lr,
+                     weight_decay=weight_decay, schedule=schedule, lr_drops=lr_drops, order_seed=seed, device=device.type, precision=precision,
+                     augment=getattr(augment, '__name__', None), shapes=str([list(p.shape) for p in model.parameters()]), data=fingerprint(data))
         if Path(resume).exists(): history = load_state(resume, parts, setup)['history']
 
     start, size = len(history), len(images)

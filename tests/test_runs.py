@@ -53,7 +53,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
 def test_a_run_folder_is_complete(teacher):
     assert {p.name for p in teacher.iterdir()} >= {'executed.ipynb', 'config.json', 'history.csv', 'model.safetensors', 'resume', 'certify.tsv', 'metrics.json'}
     config = json.loads((teacher/'config.json').read_text())
-    assert config['weights'] == read_log(teacher/'certify.tsv').weights[0] and config['versions']['torch'] == version('torch')
+    assert config['weights'] == read_log(teacher/'certify.tsv').weights[0] and config['environments'][0]['versions']['torch'] == version('torch')
     nb = nbformat.read(teacher/'executed.ipynb', 4)
     figures = [o for c in nb.cells for o in c.get('outputs', []) if 'application/vnd.plotly.v1+json' in o.get('data', {})]
     assert len(figures) == 3 and 'widgets' not in nb.metadata and (teacher/'executed.ipynb').stat().st_size < 500_000
@@ -74,9 +74,9 @@ def test_certify_ours_and_theirs(tmp_path, teacher):
     succeed('certify', tmp_path/'theirs', checkpoint=str(tmp_path/'theirs.pth.tar'), out=str(tmp_path/'theirs'), n=200, every=60, dataset='digits', normalization='none', sigma=.5)
     assert record(tmp_path/'theirs')['sigma'] == .5
 
-def test_certify_and_compare_without_arguments(tmp_path):
-    for book in 'certify', 'compare':
-        succeed(book, tmp_path/book, **dict(out=str(tmp_path/book)) if book == 'certify' else {})
+@pytest.mark.parametrize('book', ['train', 'certify', 'compare'])
+def test_without_arguments(tmp_path, book):
+    succeed(book, tmp_path, out=str(tmp_path))                                             # all but where to put it
 
 def test_compare(tmp_path, teacher):
     succeed('compare', tmp_path/'same', runs=[str(teacher), str(teacher/'certify.tsv')], radii=[0, .5])
@@ -96,14 +96,21 @@ def test_benchmark(tmp_path):
     ('train', dict(method='crt', method_args=dict(mach='softmax')), "unknown argument of method crt 'mach': did you mean 'match'?"),
     ('train', dict(arch='resnet19'), "unknown model 'resnet19'"),
     ('train', dict(dataset='folder:/nowhere'), 'has no train and no test'),
-    ('train', dict(epochs='many'), "parameter epochs must be a int, got 'many'"),
+    ('train', dict(epochs='many'), "parameter epochs must be of type int, got 'many'"),
     ('train', dict(sigma=-1), 'sigma must be a positive number'),
+    ('train', dict(alpha=5), 'alpha is the chance that a certificate is wrong'),
+    ('train', dict(every=0), 'every must be a whole number of at least 1'),
+    ('train', dict(method='crt', method_args=dict(match='sofmax')), "unknown space to match 'sofmax': did you mean 'softmax'?"),
+    ('train', dict(method='crt', teacher='nowhere'), 'no checkpoint at'),
+    ('train', dict(schedule='cosin'), "did you mean 'cosine'?"),
+    ('train', dict(device='cud'), "did you mean 'cuda'?"),
+    ('certify', dict(n=0), 'n must be a whole number of at least 1'),
     ('certify', dict(checkpoint='nowhere'), 'no checkpoint at'),
 ])
 def test_a_mistake_stops_the_run_and_says_so(tmp_path, book, given, says):
     done = mill(book, tmp_path/'run', out=str(tmp_path/'run'), **given)
     assert done.returncode == 1 and says in done.stderr, done.stderr[-2000:]
-    assert not (tmp_path/'run/metrics.json').exists() and not (tmp_path/'run/resume').exists()
+    assert not (tmp_path/'run/config.json').exists()                                       # so the corrected command may use the folder
 
 def test_other_parameters_are_refused_in_the_same_folder(teacher):
     done = mill('train', teacher, out=str(teacher), **QUICK | dict(epochs=9))
