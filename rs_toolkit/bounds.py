@@ -46,7 +46,7 @@ def lower_bound(
 )->np.ndarray:    # shape of `k` and `n`; 0 where k = 0, alpha^(1/n) where k = n
     "One-sided Clopper-Pearson lower bound on a probability (Cohen et al., 2019, `LowerConfBound`)."
     k, n, alpha = np.asarray(k), np.asarray(n), check_alpha(alpha)
-    if (n < 1).any() or (k < 0).any() or (k > n).any():
+    if not ((n >= 1) & (0 <= k) & (k <= n)).all():
         raise ValueError(f"votes must satisfy 0 <= k <= n and n >= 1, got k={k} of n={n}")
     p = betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, alpha)
     return np.where(k == 0, 0., np.where(k == n, alpha**(1/n), p))[()]
