@@ -10,7 +10,7 @@ __all__ = ['check_sigma', 'check_alpha', 'check_samples', 'lower_bound', 'votes_
 from numbers import Real
 
 import numpy as np
-from scipy.special import betainc, betaincinv, log_ndtr, ndtr, ndtri
+from scipy.special import betainc, betaincinv, log_ndtr, ndtri
 
 # %% ../nbs/00_bounds.ipynb #b90789e3
 def check_sigma(
