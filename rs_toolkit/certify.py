@@ -10,7 +10,6 @@ import copy
 import math
 import time
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -21,9 +20,9 @@ from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from .bounds import certified_radius, check_alpha, check_samples, check_sigma, lower_bound, min_samples, round_down, two_sided_p
-from .data import check_images, fingerprint, unknown
+from .data import check_images, check_labels, fingerprint, unknown
 from .log import LogWriter, read_log
-from .models import check_model, frozen, weights_hash
+from .models import check_model, device_of, frozen, model_tensors, weights_hash
 from .noise import CHUNK, ESTIMATION, PREDICTION, SELECTION, gaussian_noise, noise_chunk
 
 # %% ../nbs/05_certify.ipynb #0645274d
@@ -68,10 +67,9 @@ def _prepare(model, x, precision):
             return run(x)
     return run_as_named
 
-def _device(model):
-    "Where the model's weights are."
-    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return tensors[0].device if tensors else torch.device('cpu')
+def _noisy(x, sigma):
+    "One noisy copy of each image, always the same: to look at a model with."
+    return x + gaussian_noise(x, sigma, 1, [(i,) for i in range(len(x))])[0]
 
 # %% ../nbs/05_certify.ipynb #3288195e
 def _noisy_batches(images, idx, sigma, sizes, seed, batch_size, device):
@@ -109,12 +107,11 @@ def count_votes(
     precision='float32', # or bfloat16, float16: forward passes under autocast
 ):                       # yields, image by image, int64 votes [phase, k]
     "Votes of the base classifier on noisy copies of each image."
-    device = _device(model)
+    device = device_of(model)
     batch_size = check_samples((CHUNK if device.type == 'cpu' else 1000) if batch_size is None else batch_size, 'batch_size')
     per_image, seen, finished, unfinished, finite = sum(sizes.values()), 0, 0, 0, True
-    with frozen(model) if isinstance(model, nn.Module) else nullcontext():
-        some = images[:8].to(device)
-        run = _prepare(model, some + gaussian_noise(some, sigma, 1, [(i,) for i in range(len(some))])[0], precision)
+    with frozen(model):
+        run = _prepare(model, _noisy(images[:8].to(device), sigma), precision)
         for x, whose in _noisy_batches(images, idx, sigma, sizes, seed, batch_size, device):
             logits = run(x)
             finite = logits.isfinite().all() & finite
@@ -205,14 +202,13 @@ def certify_dataset(
 ):                       # DataFrame in the columns of `read_log`
     "Certify a data set; a run that was interrupted goes on where it was."
     images, idx, _ = _checked(images, sigma, idx)
-    check_images(images, labels)
+    check_labels(labels, len(images))
     sizes = {SELECTION: check_samples(n0, 'n0'), ESTIMATION: check_samples(n)}
     _enough(n, check_alpha(alpha), 1)
     chosen = range(0, len(images), check_samples(every, 'every'))
-    check_images(images, labels, _look(model, images[::every], labels[::every], sigma))
-    known = isinstance(model, nn.Module) and weights_hash(model) != weights_hash(nn.Module())
-    setup = dict(n0=n0, n=n, alpha=alpha, sigma=sigma, seed=seed, split=split, precision=precision, device=_device(model).type,
-                 weights=weights_hash(model) if known else uuid4().hex[:12])          # nothing to recognise it by: a log of its own each time
+    check_labels(labels, len(images), _look(model, images[::every], labels[::every], sigma))
+    setup = dict(n0=n0, n=n, alpha=alpha, sigma=sigma, seed=seed, split=split, precision=precision, device=device_of(model).type,
+                 weights=weights_hash(model) if model_tensors(model) else uuid4().hex[:12])   # nothing to recognise it by: a log of its own each time
     with LogWriter(log, setup) as writer:
         held = {idx[i]: fingerprint([images[i], labels[i]]) for i in chosen}
         if strange := [i for i, data in writer.done.items() if held.get(i) != data]:
@@ -239,9 +235,8 @@ def certify_dataset(
 def _look(model, images, labels, sigma):
     "Warn when the model is at chance at this sigma; the number of its classes."
     few = slice(None, None, -(-len(images) // 256))
-    images, labels = images[few].to(_device(model)), labels[few]
-    with torch.inference_mode(), frozen(model) if isinstance(model, nn.Module) else nullcontext():
-        logits = check_model(model, images + gaussian_noise(images, sigma, 1, [(i,) for i in range(len(images))])[0])
+    images, labels = images[few].to(device_of(model)), labels[few]
+    with torch.inference_mode(), frozen(model): logits = check_model(model, _noisy(images, sigma))
     accuracy = (logits.argmax(1).cpu() == labels.cpu()).float().mean().item()
     chance = labels.bincount().max().item() / len(labels)
     if len(labels) >= 30 and accuracy <= chance + 2*math.sqrt(chance*(1 - chance) / len(labels)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER', 'unknown', 'project_folder',
-           'load', 'statistics', 'crop_flip', 'batches', 'image_keys', 'fingerprint', 'check_images']
+           'load', 'statistics', 'crop_flip', 'batches', 'image_keys', 'fingerprint', 'check_images', 'check_labels']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
@@ -173,9 +173,16 @@ def check_images(
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must lie in [0, 1], got [{low:.4g}, {high:.4g}]: normalise inside the model with "
                          "`Normalized(net, mean, std)`, so that sigma and radii stay in pixel units")
-    if labels is None: return
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(f"labels must be an int64 tensor of shape [{len(images)}], "
+    if labels is not None: check_labels(labels, len(images), num_classes)
+
+def check_labels(
+    labels,            # int64 [N]
+    size:int,          # N, the number of images
+    num_classes=None,  # labels must be below this
+):
+    "Refuse what is not one class for each image."
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (size,):
+        raise ValueError(f"labels must be an int64 tensor of shape [{size}], "
                          f"got {getattr(labels, 'dtype', type(labels).__name__)} {list(getattr(labels, 'shape', []))}")
     if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
         raise ValueError(f"labels must lie in 0..{'K-1' if num_classes is None else num_classes-1}, got {labels.min()}..{labels.max()}: "

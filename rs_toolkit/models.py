@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
-           'torchvision_net', 'model_names', 'build', 'weights_hash', 'check_model', 'frozen', 'HalfSpace']
+           'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash', 'device_of', 'check_model',
+           'frozen', 'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
 from contextlib import contextmanager
@@ -131,9 +132,17 @@ def build(
     return Normalized(make(num_classes, in_channels=in_channels, **sized), mean, std)
 
 # %% ../nbs/03_models.ipynb #7744f485
+def model_tensors(model)->list:
+    "Parameters and buffers; none for a plain callable."
+    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+
 def weights_hash(model)->str:
     "12 hex digits that change with any weight, running statistic or normalisation constant."
-    return fingerprint([*model.parameters(), *model.buffers()])
+    return fingerprint(model_tensors(model))
+
+def device_of(model)->torch.device:
+    "Where the model's tensors are; the CPU if it has none."
+    return next((t.device for t in model_tensors(model)), torch.device('cpu'))
 
 # %% ../nbs/03_models.ipynb #269a8899
 def check_model(
@@ -154,6 +163,9 @@ def check_model(
 @contextmanager
 def frozen(model):
     "Within the block: eval mode, and no gradients for the weights. Gradients with respect to the input still flow."
+    if not isinstance(model, nn.Module):             # a plain callable has nothing to freeze
+        yield model
+        return
     training, grads = {m: m.training for m in model.modules()}, {p: p.requires_grad for p in model.parameters()}
     try: yield model.eval().requires_grad_(False)
     finally:

@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'accuracy', 'pick_device', 'lr_schedule', 'save_state',
 
 # %% ../nbs/10_train.ipynb #313c2c82
 import io
+import math
 import time
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from .bounds import check_samples
-from .data import batches, check_images, fingerprint, image_keys, unknown
+from .data import batches, check_images, check_labels, fingerprint, image_keys, unknown
 from .log import write_file
-from .models import check_model, frozen
+from .models import check_model, device_of, frozen
 from .noise import gaussian_noise
 
 # %% ../nbs/10_train.ipynb #82ac90a2
@@ -29,7 +30,7 @@ def accuracy(
     batch_size=256,  # images per forward pass
 )->float:            # fraction
     "Share of right answers, of the base classifier on one (noisy) copy of each image."
-    device = next((p.device for p in model.parameters()), images.device)
+    device = device_of(model)
     right = 0
     with frozen(model):
         for index in torch.arange(len(images)).split(batch_size):
@@ -108,7 +109,7 @@ def fit(
     model.to(device, memory_format=torch.channels_last)
     method.to(device, memory_format=torch.channels_last)
     images, labels = (t.to(device) for t in data)
-    with torch.no_grad(), frozen(model): check_images(*data, check_model(model, images[:2]).shape[1])
+    with torch.no_grad(), frozen(model): check_labels(labels, len(images), check_model(model, images[:2]).shape[1])
     opt = torch.optim.SGD(model.parameters(), lr, momentum=.9, weight_decay=weight_decay)
     scheduler = lr_schedule(opt, schedule, epochs, lr_drops)
 
@@ -153,6 +154,6 @@ def _epoch(model, method, opt, data, precision, epoch, bar):
         for name, term in terms.items(): sums[name] = sums.get(name, 0) + term.detach() * len(x)
         bar.update(len(x))
     sums = {name: float(total) for name, total in sums.items()}
-    bad = [name for name, total in sums.items() if not torch.tensor(total).isfinite()]
+    bad = [name for name, total in sums.items() if not math.isfinite(total)]
     if bad: raise FloatingPointError(f"the loss term {' and '.join(bad)} is not finite in epoch {epoch}: lower lr, or look at the method's own weights")
     return sums
