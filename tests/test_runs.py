@@ -39,12 +39,14 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
     book = tmp_path/'train.ipynb'
     shutil.copy(ROOT/'nbs/train.ipynb', book)
     subprocess.run([BIN/'nbdev_clean', '--fname', book], cwd=ROOT, env=ENV, check=True)
-    given = dict(dataset='digits', arch='mlp', method='crt', method_args=dict(match='softmax', norm='l2_squared'), teacher=str(teacher), sigma=.25, num_noise=2, epochs=3,
-                 batch_size=32, lr=.05, weight_decay=5e-4, schedule='cosine', lr_drops=[2], augment='none', normalization='none', seed=3, device='cpu', precision='bfloat16',
+    given = dict(dataset='digits', arch='mlp', method='crt', method_args=dict(match='softmax', norm='l2_squared'), num_noise=2,
+                 attack='sphere', attack_args=dict(eps=.1, steps=2), ramp=dict(switch_on=1), curriculum='easy_data', curriculum_args=dict(start=1, threshold=.1), teacher=str(teacher),
+                 teacher_noise=.5, teacher_samples=9, sigma=.25, epochs=3, batch_size=32, micro_batch=20, optimizer='adam', lr=.005, weight_decay=5e-4, schedule='cosine', lr_drops=[2],
+                 lr_lag=1, augment='none', normalization='none', train_every=2, seed=3, processes=1, device='cpu', precision='bfloat16',
                  n0=50, n=300, alpha=.01, every=60, out=str(tmp_path/'run'))
     parameters = next(c for c in nbformat.read(book, 4).cells if 'parameters' in c.metadata.get('tags', [])).source
     assert [line.split(':')[0] for line in parameters.splitlines()] == list(given), 'the test should pass every parameter'
-    succeed(book, tmp_path/'run', **given | dict(lr='5e-2', n='300'))                      # as strings, as YAML 1.1 would read 5e-2
+    succeed(book, tmp_path/'run', **given | dict(lr='5e-3', n='300'))                      # as strings, as YAML 1.1 would read 5e-2
     assert json.loads((tmp_path/'run/config.json').read_text())['parameters'] == given
     log = read_log(tmp_path/'run/certify.tsv')
     assert len(log) == 6 and log[['n0', 'n', 'alpha', 'sigma', 'seed', 'precision']].iloc[0].tolist() == [50, 300, .01, .25, 3, 'bfloat16']
@@ -94,6 +96,18 @@ def test_benchmark(tmp_path):
     ('certify', dict(chekpoint='x'), "unknown parameter 'chekpoint': did you mean 'checkpoint'?"),
     ('train', dict(method='gausian'), "unknown method 'gausian': did you mean 'gaussian'?"),
     ('train', dict(method='crt', method_args=dict(mach='softmax')), "unknown argument of method crt 'mach': did you mean 'match'?"),
+    ('train', dict(attack='sfere', attack_args=dict(steps=2)), "unknown attack 'sfere': did you mean 'sphere'?"),
+    ('train', dict(attack_args=dict(steps=2)), 'but no attack'),
+    ('train', dict(attack='sphere', attack_args=dict(step=2)), "unknown argument of attack sphere 'step': did you mean 'steps'?"),
+    ('train', dict(attack='sphere', attack_args=dict(steps=0)), 'steps must be a whole number of at least 1'),
+    ('train', dict(ramp=dict(warmup=3)), "unknown ramp 'warmup': did you mean 'warm_up'?"),
+    ('train', dict(curriculum='easy'), "unknown curriculum 'easy': did you mean 'easy_data'?"),
+    ('train', dict(curriculum='easy_data', curriculum_args=dict(treshold=.5)), "did you mean 'threshold'?"),
+    ('train', dict(method='consistency'), 'num_noise must be at least 2, got 1'),
+    ('train', dict(method='macer', method_args=dict(eps=1.)), "unknown argument of method macer 'eps'"),
+    ('train', dict(method='smoothmix', attack='sphere'), 'brings an attack of its own'),
+    ('train', dict(teacher='small_cnn'), 'method gaussian learns from no teacher'),
+    ('train', dict(processes=2), '2 processes were asked for, but 1 run'),
     ('train', dict(arch='resnet19'), "unknown model 'resnet19'"),
     ('train', dict(dataset='folder:/nowhere'), 'has no train and no test'),
     ('train', dict(epochs='many'), "parameter epochs must be of type int, got 'many'"),

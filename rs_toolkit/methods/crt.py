@@ -9,7 +9,7 @@ __all__ = ['MATCHES', 'NORMS', 'CRT']
 import torch
 
 from ..data import unknown
-from .core import Method
+from .core import Method, Passes
 from ..noise import noisy_logits
 
 # %% ../../nbs/methods/crt.ipynb #efe51d8d
@@ -30,8 +30,11 @@ class CRT(Method):
         if norm not in NORMS: raise unknown('norm', norm, NORMS)
         self.teacher, self.match, self.norm = teacher.eval().requires_grad_(False), match, norm
 
+    @property
+    def passes(self): return super().passes + Passes(teacher=self.num_noise)
+
     def forward(self, model, x, y, index=None):
-        noise, space = self.noise(x, index), MATCHES[self.match]
+        noise, space = self.noise(model, x, y, index), MATCHES[self.match]
         with torch.no_grad(): target = space(noisy_logits(self.teacher, x, noise))
         ours = space(noisy_logits(model, x, noise))
         if ours.shape != target.shape:
