@@ -1,6 +1,6 @@
-"""Every training method read a second time: the library in float32 against plain NumPy in float64, with loops over images, noises and classes and gradients by hand.
+"""Every training method read twice: the library in float32, and plain NumPy in float64 with loops over images, noises and classes and gradients by hand.
 
-Then what a formula does not say: finite gradients at the ends, the passes that a method costs, its order of images and noises, and that it learns. Last, certificates under attack.
+Then what a formula does not say: finite gradients at the ends, passes through the network, draws, bad input, that it learns. Last, certificates under attack.
 """
 import math
 from functools import partial
@@ -143,14 +143,14 @@ def catrs(net, x, y, noise, moved, smooth, drawn, lbd):
         high.append(lbd * (drawn[i] == m) * max(kl(smooth[i], log_softmax(net(x[i] + delta[i]))) for delta in moved))
     return {'low': average(low), 'high': average(high)}
 
-def sodm(net, x, y, noise, mapping, rho, beta, reduction='mean'):
+def sodm(net, x, y, noise, mapping, rho, beta):
     "The loss of SODM's Algorithm 1 (lines 4 and 5): accuracy for wrong images, Phi^-1 for right ones below rho, nothing above."
     accuracy = radius = 0
     for i in range(len(x)):
         g = average([mapping(net(x[i] + delta[i])) for delta in noise])
         if g.argmax() != y[i]: accuracy -= math.log(max(g[y[i]], 1e-10))
         elif g[y[i]] < rho: radius -= beta * ndtri(g[y[i]])
-    return {'accuracy': accuracy / (len(x) if reduction == 'mean' else 1), 'radius': radius / (len(x) if reduction == 'mean' else 1)}
+    return {'accuracy': accuracy / len(x), 'radius': radius / len(x)}
 
 def crt(net, x, noise, teacher, match, norm):
     "Vaishnavi et al. (2022), CRT: distance between teacher and student, in their code of logits, in their text of softmax outputs."
@@ -261,12 +261,13 @@ def mapping_of(method, name):
     if name == 'residual': return lambda u: softmax(u + mlp(u))
     return lambda u: softmax(math.exp(np.clip(mlp(u - u.max())[0], -math.log(16), math.log(16))) * u)
 
-def sodm_case(mapping, shaken=False, boosted=False, reduction='mean'):
+def sodm_case(mapping, shaken=False, boosted=False):
     def case(batch):
-        method = with_noise(SODM(SIGMA, K, mapping=mapping, rho=.9, boost_from=0 if boosted else 1, boost=10., reduction=reduction, num_noise=M), batch.given)
+        method = with_noise(SODM(SIGMA, K, mapping=mapping, rho=.9, boost_from=0 if boosted else 1, boost=10., num_noise=M), batch.given)
         if shaken: shake(method)
         method.start_epoch(0)
-        return method, lambda net: sodm(net, *batch[1:], mapping_of(method, mapping) if shaken else softmax, rho=.9, beta=60. if boosted else 6., reduction=reduction)
+        expected = mapping_of(method, mapping) if shaken else softmax
+        return method, lambda net: sodm(net, *batch[1:], expected, rho=.9, beta=60. if boosted else 6.)
     return case
 
 def crt_case(match, norm):
@@ -285,7 +286,7 @@ CASES = {
     'catrs noisy': catrs_case('noisy'), 'catrs stored': catrs_case('stored'), 'catrs doubled': catrs_case('noisy', 2.),
     **{f'sodm {mapping}': sodm_case(mapping) for mapping in ('none', 'temperature', 'residual')},
     **{f'sodm {mapping} shaken': sodm_case(mapping, shaken=True) for mapping in ('temperature', 'residual')},
-    'sodm boosted': sodm_case('none', boosted=True), 'sodm sum': sodm_case('none', reduction='sum'),
+    'sodm boosted': sodm_case('none', boosted=True),
     **{f'crt {match} {norm}': crt_case(match, norm) for match in ('logits', 'softmax') for norm in ('l2', 'l2_squared')},
 }
 BATCH = make_batch()
@@ -326,7 +327,7 @@ def test_gradients(name):
             numeric[at] = (above - below) / 2e-6
         np.testing.assert_allclose(parameter.grad, numeric, rtol=2e-4, atol=2e-5 * np.abs(numeric).max())
 
-@every([name for name in CASES if name != 'sodm sum'])
+@every(CASES)
 def test_a_batch_is_the_mean_of_its_images(name):
     "Fails when labels, targets, mixing weights or noises go to another image's copies."
     method, _ = CASES[name](BATCH)
@@ -498,7 +499,8 @@ def test_mixing():
     np.testing.assert_allclose(np.histogram(lam, 5, (0, .5))[0] / 4000, .2, atol=.025)
 
 def test_draw():
-    draw = lambda epoch, seed, index, p=.6: at_epoch(CATRS(SIGMA, torch.ones(4000, K).long(), num_noise=4, seed=seed), epoch).draw(torch.full((len(index),), p), index)
+    method = lambda seed: CATRS(SIGMA, torch.ones(2000, K).long(), num_noise=4, seed=seed)
+    draw = lambda epoch, seed, index, p=.6: at_epoch(method(seed), epoch).draw(torch.full((len(index),), p), index)
     seeded(draw)
     for p in 0., .25, .6, 1.:
         drawn, expected = torch.cat([draw(epoch, 1, torch.arange(2000), p) for epoch in range(4)]), binom.pmf(np.arange(5), 4, p)
@@ -575,7 +577,7 @@ def test_sodm_update_lowers_the_loss():
     y = torch_net(BATCH.net)(x).argmin(1)
     torch.manual_seed(0)
     method, model = SODM(SIGMA, K, interval=1, num_noise=64, mapping_noise=64, mapping_lr=.01), torch_net(BATCH.net)
-    loss = lambda: sum(map(float, method(model, x, y, index).values()))
+    loss = lambda: sum(method(model, x, y, index).values()).item()
     start = loss()
     for _ in range(30): method.after_step(model, x, y, index)
     assert loss() < start - .01
@@ -768,66 +770,84 @@ def predictions(teacher):
     "Votes of a Gaussian network on noisy copies of each training image."
     return torch.tensor(np.stack([v[0] for v in count_votes(teacher, digits[0], range(len(digits[0])), .25, {0: 100})]))
 
-LEARNERS = {
+LEARNERS = {  # method, its parameters, what differs in training
     'gaussian': (Gaussian, {}), 'gaussian m=2': (Gaussian, dict(num_noise=2)), 'accumulated': (Gaussian, dict(num_noise=2, accumulate_noise=True)),
-    'stability': (Stability, {}), 'macer': (MACER, dict(num_noise=4, lbd=2.)),
-    **{f'consistency {form}': (Consistency, dict(num_noise=2, lbd=2., form=form)) for form in ('kl+entropy', 'kl', 'xent', 'mse')},
+    'stability': (Stability, dict(lbd=1.)), 'macer': (MACER, dict(num_noise=4, lbd=2.), dict(lr=.05)),
+    **{f'consistency {form}': (Consistency, dict(num_noise=2, lbd=1., form=form)) for form in ('kl+entropy', 'kl', 'xent', 'mse')},
     'smoothmix': (SmoothMix, dict(num_noise=2, steps=2, eta=1.)), 'smoothmix one-step': (SmoothMix, dict(num_noise=2, steps=2, eta=1., mix_step=1)),
-    'catrs noisy': (CATRS, dict(num_noise=2, steps=2, eps=.5, confidence='noisy')), 'catrs stored': (CATRS, dict(num_noise=2, steps=2, eps=.5, confidence='stored')),
-    **{f'sodm {mapping}': (SODM, dict(num_classes=10, num_noise=4, mapping=mapping, mapping_noise=16, beta=1.)) for mapping in ('none', 'temperature', 'residual')},
-    'crt': (CRT, {}), 'crt softmax': (CRT, dict(match='softmax')),
+    **{f'catrs {confidence}': (CATRS, dict(num_noise=2, steps=2, eps=.5, confidence=confidence)) for confidence in ('noisy', 'stored')},
+    **{f'sodm {mapping}': (SODM, dict(num_classes=10, num_noise=4, mapping=mapping, mapping_noise=16, beta=1.), dict(lr=.05))
+       for mapping in ('none', 'temperature', 'residual')},
+    'crt': (CRT, {}), 'crt softmax': (CRT, dict(match='softmax'), dict(epochs=20)),
     **{f'gaussian, {name}': (Gaussian, dict(num_noise=2, attack=partial(attack, eps=.25, steps=2))) for name, attack in
        {'smoothed_pgd': smoothed_pgd, 'gradient_free': gradient_free, 'ddn': ddn, 'sphere': sphere_attack}.items()},
-    'acr paper': (Gaussian, dict(num_noise=2, attack=partial(sphere_attack, eps=.1, steps=2), ramp=switch_on(4))),
+    'acr paper': (Gaussian, dict(num_noise=2, attack=partial(sphere_attack, eps=.1, steps=2), ramp=switch_on(4)), dict(curriculum=dict(start=4, every=2))),
 }
 
 @every(LEARNERS)
 def test_learns_digits(name, teacher, predictions):
-    cls, kwargs = LEARNERS[name]
-    extra = dict(teacher=teacher) if cls is CRT else dict(predictions=predictions) if cls is CATRS else {}
+    "Noisy accuracy above 85 % after a few seconds."
+    cls, kwargs, *changes = LEARNERS[name]
+    given = dict(teacher=teacher) if cls is CRT else dict(predictions=predictions) if cls is CATRS else {}
+    training = dict(epochs=8, batch_size=32, lr=.1) | (changes[0] if changes else {})
+    if 'curriculum' in training: training['curriculum'] = curriculum.EasyData(.25, **training['curriculum'])
     torch.manual_seed(0)
-    model, weighting = build('small_cnn', 10, 1, 8), dict(curriculum=curriculum.EasyData(.25, start=4, every=2)) if name == 'acr paper' else {}
-    history = train.fit(model, cls(.25, **extra, **kwargs), digits, epochs=8, batch_size=32, lr=.1, device='cpu', progress=False, **weighting)
-    assert len(history) == 8
-    assert train.accuracy(model, *load('digits', 'test'), sigma=.25) > .8
+    model = build('small_cnn', 10, 1, 8)
+    history = train.fit(model, cls(.25, **given, **kwargs), digits, device='cpu', progress=False, **training)
+    assert len(history) == training['epochs'] and train.accuracy(model, *load('digits', 'test'), sigma=.25) > .85
 
 # --- bad input
 
-def call(method, model=None):
-    x, y, index = BATCH.tensors
-    return method(model or torch_net(BATCH.net), x, y, index)
-
-def strike(attack, **kwargs):
-    x, y, _ = BATCH.tensors
-    return attack(torch_net(BATCH.net), x, y, BATCH.given, **kwargs)
-
 votes = torch.tensor(COUNTS)
-wide = nn.Sequential(nn.Flatten(), nn.Linear(D, 7))
 CLASSES = {'gaussian': Gaussian, 'stability': Stability, 'macer': MACER, 'consistency': partial(Consistency, num_noise=2), 'smoothmix': SmoothMix,
            'catrs': partial(CATRS, predictions=votes), 'sodm': partial(SODM, num_classes=K), 'crt': partial(CRT, teacher=teacher_net)}
-BAD = [(partial(make, sigma), repr(sigma)) for make in CLASSES.values() for sigma in (-.5, 0., math.nan)] + [
-    (lambda: Consistency(.25), '1'), (lambda: Consistency(.25, num_noise=1), '1'), (lambda: Consistency(.25, num_noise=2, form='kl-entropy'), r"kl-entropy.*kl\+entropy"),
-    (lambda: SODM(.25, K, mapping='temprature'), 'temprature.*temperature'), (lambda: SODM(.25, K, reduction='median'), 'median'),
-    (lambda: CATRS(.25, votes, confidence='nosy'), 'nosy.*noisy'), (lambda: CATRS(.25, None), 'predictions'), (lambda: CATRS(.25, votes / 50.), 'float'),
-    (lambda: CATRS(.25, votes[0]), r'\[3\]'), (lambda: CRT(.25, teacher_net, match='logit'), 'logit.*logits'), (lambda: CRT(.25, teacher_net, norm='l1'), "'l1'"),
-    *[(partial(CLASSES[name], .25, **{weight: -1.}), f'{weight}.*-1') for name, weights in dict(stability=['lbd'], macer=['lbd', 'gamma', 'beta'],
-        consistency=['lbd', 'eta'], smoothmix=['eta', 'step_size'], catrs=['lbd', 'eps'], sodm=['beta']).items() for weight in weights],
-    *[(partial(SODM, .25, K, rho=rho), f'rho.*{rho}') for rho in (0., 1., 1.5, -.2)],
-    *[(partial(CLASSES[name], .25, **{count: number}), f'{count}.*{number}') for name, count in dict(smoothmix='steps', catrs='steps', sodm='interval').items()
-      for number in (0, -1, 1.5)],
-    (lambda: SODM(.25, K, mapping_noise=0), 'mapping_noise.*0'), (lambda: CATRS(.25, votes, eps=0.), 'eps.*0'),
-    *[(partial(strike, attack, steps=steps), f'steps.*{steps}') for attack in (smoothed_pgd, gradient_free, ddn, sphere_attack) for steps in (0, -1)],
-    *[(partial(strike, attack, eps=eps), f'eps.*{eps:g}') for attack in (smoothed_pgd, gradient_free, ddn, sphere_attack) for eps in (0., -.5, math.nan)],
-    (lambda: strike(smoothed_pgd, eps=torch.tensor([.1, .2, -1., .3, .4])), 'eps.*-1'), (lambda: strike(gradient_free, eps=torch.full((B,), math.nan)), 'eps.*nan'),
-    (lambda: strike(sphere_attack, norm=1), 'norm.*1'),
-    (lambda: call(CRT(.25, wide)), '7 and 3'), (lambda: call(CATRS(.25, votes), wide), '3.*7|7.*3'), (lambda: call(CATRS(.25, votes[:2])), '2'),
-    (lambda: call(SODM(.25, 4)), '4.*3|3.*4'),
-    *[(partial(easy, threshold=threshold), f'threshold.*{threshold}') for threshold in (-.1, 1.1)], (lambda: easy(every=0), 'every.*0'),
+WEIGHTS = {'stability': 'lbd', 'macer': 'lbd gamma beta', 'consistency': 'lbd eta', 'smoothmix': 'eta step_size', 'catrs': 'lbd eps', 'sodm': 'beta boost'}
+COUNTED = dict.fromkeys(CLASSES, 'num_noise') | {'smoothmix': 'num_noise steps', 'catrs': 'num_noise steps', 'sodm': 'num_noise interval mapping_noise'}
+ARGUMENTS = [  # method, its arguments, what the message must say
+    *[(name, dict(sigma=sigma), f'sigma.*{sigma}') for name in CLASSES for sigma in (-.5, 0., math.nan)],
+    *[(name, {weight: -1.}, f'{weight}.*-1') for name, weights in WEIGHTS.items() for weight in weights.split()],
+    *[(name, {count: number}, f'{count}.*{number}') for name, counts in COUNTED.items() for count in counts.split() for number in (0, -1, 1.5)],
+    *[('sodm', dict(rho=rho), f'rho.*{rho}') for rho in (0., 1., 1.5, -.2)],
+    ('consistency', dict(num_noise=1), 'at least 2.*1'), ('consistency', dict(form='kl-entropy'), r'kl-entropy.*kl\+entropy'),
+    ('sodm', dict(mapping='temprature'), 'temprature.*temperature'), ('catrs', dict(confidence='nosy'), 'nosy.*noisy'), ('catrs', dict(eps=0.), 'eps.*0'),
+    ('catrs', dict(predictions=None), 'None'), ('catrs', dict(predictions=votes[0]), r'\[3\]'), ('catrs', dict(predictions=votes / 50.), 'float'),
+    ('smoothmix', dict(mix_step=2), 'mix_step.*2'), ('crt', dict(match='logit'), 'logit.*logits'), ('crt', dict(norm='l1'), 'l1.*l2'),
+    *[(name, dict(attack=smoothed_pgd), 'attack') for name in ('smoothmix', 'catrs')],
 ]
 
-@pytest.mark.parametrize('make, message', BAD, ids=[f'{i}-{message}' for i, (_, message) in enumerate(BAD)])
-def test_bad_input(make, message):
-    with pytest.raises(ValueError, match=message): make()
+refused = partial(pytest.mark.parametrize, 'name, arguments, message', ids=lambda v: v if isinstance(v, str) else '')
+
+@refused(ARGUMENTS)
+def test_bad_arguments(name, arguments, message):
+    with pytest.raises(ValueError, match=message): CLASSES[name](**dict(sigma=.25) | arguments)
+
+EACH_ATTACK = dict(smoothed_pgd=smoothed_pgd, gradient_free=gradient_free, ddn=ddn, sphere=sphere_attack)
+NUMBERS = [('steps', 0), ('steps', -1), ('eps', 0.), ('eps', -.5), ('eps', math.nan)]
+STRIKES = [(name, {key: value}, f'{key}.*{value:g}') for name in EACH_ATTACK for key, value in NUMBERS] + [
+    ('smoothed_pgd', dict(eps=torch.tensor([.1, .2, -1., .3, .4])), 'eps.*-1'), ('sphere', dict(norm=1), 'norm.*1')]
+
+@refused(STRIKES)
+def test_bad_attack(name, arguments, message):
+    x, y, _ = BATCH.tensors
+    with pytest.raises(ValueError, match=message): EACH_ATTACK[name](torch_net(BATCH.net), x, y, BATCH.given, **arguments)
+
+MISFITS = {'crt': ('7 and 3', CRT, torch_net(Net(np.ones((7, D)), np.ones(7)))), 'catrs': ('[37].*[37]', CATRS, torch.ones(B, 7).long()),
+           'sodm': ('[37].*[37]', SODM, 7), 'catrs, fewer images': ('2', CATRS, votes[:2])}
+
+@every(MISFITS)
+def test_another_number_of_classes(name):
+    "A teacher, stored predictions or a mapping that do not belong to the network, or not to the data."
+    message, cls, misfit = MISFITS[name]
+    with pytest.raises(ValueError, match=message): cls(.25, misfit)(torch_net(BATCH.net), *BATCH.tensors)
+
+def test_one_noise_gives_no_direction():
+    x, y, _ = BATCH.tensors
+    with pytest.raises(ValueError, match='at least 2.*1'): gradient_free(torch_net(BATCH.net), x, y, BATCH.given[:1], eps=.5)
+
+@pytest.mark.parametrize('arguments', [dict(threshold=-.1), dict(threshold=1.1), dict(every=0), dict(discard_noise=0), dict(alpha=1.), dict(sigma=0.)], ids=str)
+def test_bad_curriculum(arguments):
+    (key, value), = arguments.items()
+    with pytest.raises(ValueError, match=f'{key}.*{value:g}'): curriculum.EasyData(**dict(sigma=.25) | arguments)
 
 # --- certificates under attack
 
@@ -845,10 +865,10 @@ def test_certificates_survive(teacher):
         radii = factor * torch.tensor([certificates[i].radius for i in index])
         noise = sigma * torch.randn(32, *x.shape, generator=torch.Generator().manual_seed(0))
         change = (smoothed_pgd(teacher, x, y, noise, eps=radii, steps=20) - noise)[0]
-        assert (change.flatten(1).norm(dim=1) <= radii + 1e-5).all() and (change.flatten(1).norm(dim=1) > .9 * radii).float().mean() > .5
+        assert (change.flatten(1).norm(dim=1) <= radii + 1e-5).all() and (change.flatten(1).norm(dim=1) > .9 * radii).float().mean() > .9
         found = torch.tensor(predict(teacher, (x + change).clamp(0, 1), sigma, n=n, idx=index))
         return found, (found != y) & (found != ABSTAIN)
 
     found, changed = attacked(.999, None, 10_000)
     assert not changed.any() and (found == ABSTAIN).float().mean() < .02
-    assert attacked(3., 60, 1000)[1].float().mean() > .1
+    assert attacked(3., 60, 1000)[1].float().mean() > .5

@@ -1,0 +1,50 @@
+"""Trains on digits, with each method named, and writes weights and losses: `trainer.py FOLDER PROCESSES METHOD ...`. Goes on where it was killed."""
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rs_toolkit.attacks import ddn, smoothed_pgd, sphere_attack
+from rs_toolkit.curriculum import EasyData
+from rs_toolkit.data import load
+from rs_toolkit.methods.catrs import CATRS
+from rs_toolkit.methods.consistency import Consistency
+from rs_toolkit.methods.core import switch_on, warm_up
+from rs_toolkit.methods.crt import CRT
+from rs_toolkit.methods.gaussian import Gaussian
+from rs_toolkit.methods.macer import MACER
+from rs_toolkit.methods.smoothmix import SmoothMix
+from rs_toolkit.methods.sodm import SODM
+from rs_toolkit.methods.stability import Stability
+from rs_toolkit.models import build
+from rs_toolkit.train import fit
+
+SIZE = 333
+
+def counts(): return torch.randint(0, 50, (SIZE, 10), generator=torch.Generator().manual_seed(1)) + 1
+
+METHODS = {  # the method, and the curriculum
+    'stability': lambda: (Stability(.25), None),
+    'smoothadv': lambda: (Gaussian(.25, num_noise=2, attack=partial(smoothed_pgd, eps=.2, steps=2), ramp=warm_up(2)), None),
+    'consistency_ddn': lambda: (Consistency(.25, lbd=2., num_noise=2, attack=partial(ddn, eps=.2, steps=2)), None),
+    'macer': lambda: (MACER(.25, lbd=2., defer=1, num_noise=4), None),
+    'smoothmix': lambda: (SmoothMix(.25, steps=2, step_size=.2, num_noise=2, ramp=warm_up(2)), None),
+    'catrs': lambda: (CATRS(.25, counts(), eps=.2, steps=2, num_noise=2), None),
+    'sodm': lambda: (SODM(.25, 10, mapping_noise=8, interval=2, num_noise=2), None),
+    'crt': lambda: (CRT(.25, build('mlp', 10, 1, 8)), None),
+    'easy_data': lambda: (Gaussian(.25, num_noise=2, attack=partial(sphere_attack, eps=.2, steps=2), ramp=switch_on(1)), EasyData(.25, start=1, threshold=.05, every=2))}
+
+if __name__ == '__main__':
+    out, processes, rank = Path(sys.argv[1]), int(sys.argv[2]), os.environ.get('RANK', '0')
+    images, labels = (t[:SIZE] for t in load('digits', 'train'))
+    for name in sys.argv[3:]:
+        torch.manual_seed(0)
+        model, (method, curriculum) = build('small_cnn', 10, 1, 8), METHODS[name]()
+        history = fit(model, method, (images, labels), 6, batch_size=61, lr=.02, device='cpu', curriculum=curriculum, micro_batch=16, processes=processes,
+                      resume=out/f'{name}.state', progress=False)
+        weights = {f'{part}.{k}': v for part, m in (('model', model), ('method', method)) for k, v in m.state_dict().items() if isinstance(v, torch.Tensor)}
+        torch.save(weights, out/f'{name}.{rank}.pt')
+        (out/f'{name}.json').write_text(json.dumps(history.drop(columns='seconds').to_dict('list')))
