@@ -87,7 +87,7 @@ def pgd_perturbation(
     direction=None,                    # d -> ascent direction; default: the gradient of `smoothed_loss`
 ):                                     # [b, C, H, W]
     "The perturbation of each image that `smoothed_pgd` adds to all its noises."
-    step_size = 2 * eps / steps if step_size is None else step_size
+    step_size = 2 * eps / check_samples(steps, 'steps') if step_size is None else step_size
     def move(d, g):
         d = (x + d + step_size * unit(g)).clamp(0, 1) - x
         return clip_norm(d, eps)

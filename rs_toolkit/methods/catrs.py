@@ -95,9 +95,9 @@ class CATRS(Method):
         super().__init__(sigma, **kwargs)
         if confidence not in CONFIDENCES: raise unknown('confidence', confidence, CONFIDENCES)
         if self.attack: raise ValueError("CAT-RS brings an attack of its own, whose `eps` and `steps` are its arguments: leave `attack` out")
-        if not isinstance(predictions, torch.Tensor) or predictions.dim() != 2 or not (predictions.sum(1) > 0).all():
-            raise ValueError("CAT-RS needs the class counts [N, k] of every training image, "
-                             f"got {list(predictions.shape) if isinstance(predictions, torch.Tensor) else predictions!r}: make them with `smoothed_predictions`")
+        if not isinstance(predictions, torch.Tensor) or predictions.dim() != 2 or predictions.is_floating_point() or not (predictions.sum(1) > 0).all():
+            raise ValueError("CAT-RS needs the class counts (whole numbers [N, k]) of every training image, "
+                             f"got {f'{predictions.dtype} {list(predictions.shape)}' if isinstance(predictions, torch.Tensor) else repr(predictions)}: make them with `smoothed_predictions`")
         budget(eps, 1.)
         self.eps, self.steps, self.lbd, self.confidence = eps, check_samples(steps, 'steps'), check_number(lbd, 'lbd'), confidence
         self.register_buffer('predictions', predictions.int())
