@@ -651,7 +651,6 @@ def test_self_distillation():
 
 digits = load('digits', 'train')
 ones = lambda: torch.ones(len(digits[0]), 10).long()
-smoothadv = lambda attack, **kwargs: partial(attack, **kwargs)
 COST = {  # method, slow-down over plain training
     'gaussian': (lambda: Gaussian(.25), 1), 'gaussian m=4': (lambda: Gaussian(.25, num_noise=4), 4), 'stability': (lambda: Stability(.25), 2),
     **{f'smoothadv m={m}': (partial(Gaussian, .25, num_noise=m, attack=partial(smoothed_pgd, steps=10)), m * 23/3) for m in (1, 2)},

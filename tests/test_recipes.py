@@ -65,7 +65,7 @@ def test_train_builds_what_the_recipe_says(path, cells):
     recipe = read(path)
     space = run(cells, recipe)
     assert {k: space['config'][k] for k in recipe} == recipe                                   # converted: 1 is 1.0, nothing else
-    method = space['objective'](teacher=torch.nn.Identity(), predictions=torch.ones(1, 2), num_classes=2)
+    method = space['objective'](teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
     assert type(method).__name__.lower() == recipe['method'] and (method.sigma, method.num_noise) == (recipe['sigma'], recipe['num_noise'])
     args = dict(recipe.get('method_args', {}))
     if recipe['method'] == 'sodm':

@@ -19,7 +19,7 @@ from ..attacks import budget, clip_norm, climb, gradient, unit
 from ..bounds import check_number, check_samples
 from ..data import PREDICTIONS, VISIT, fingerprint, image_keys, images_at, unknown
 from ..log import write_file
-from .core import Method, Passes
+from .core import Method, Passes, check_classes
 from ..models import device_of, frozen, weights_hash
 from ..noise import gaussian_noise, key_seed, noisy_cross_entropy, noisy_logits
 
@@ -111,9 +111,12 @@ class CATRS(Method):
         return torch.as_tensor(np.maximum(binom.ppf(u, self.num_noise, p.double().cpu().numpy()), 1), dtype=torch.long, device=p.device)
 
     def forward(self, model, x, y, index=None):
-        counts = self.predictions[(torch.arange(len(x)) if index is None else index % VISIT).to(x.device)].float()
+        rows = torch.arange(len(x)) if index is None else index % VISIT
+        if rows.max() >= len(self.predictions): raise ValueError(f"predictions are of {len(self.predictions)} training images, got image {rows.max()}: make them for this data set")
+        counts = self.predictions[rows.to(x.device)].float()
         stored, noise = counts / counts.sum(1, keepdim=True), self.noise(model, x, y, index)
         logits = noisy_logits(model, x, noise)
+        check_classes(logits, 'predictions', counts.shape[1])
         logp = logits.log_softmax(-1)
         right = (logits.argmax(-1) == y).float().mean(0) if self.confidence == 'noisy' else stored.gather(1, y[:, None])[:, 0]
         kept = self.draw(right, index)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RAMPS', 'Passes', 'count_passes', 'attack_passes', 'warm_up', 'switch_on', 'double_from', 'ramp_of', 'Method',
-           'total', 'share_gradients']
+           'check_classes', 'total', 'share_gradients']
 
 # %% ../../nbs/methods/00_core.ipynb #47e93630
 import inspect
@@ -123,6 +123,15 @@ class Method(nn.Module):
     def forward(self, model, x, y, index=None):
         "Named loss terms for images x [b, C, H, W], labels y [b] and their data-set indices [b]."
         raise NotImplementedError
+
+# %% ../../nbs/methods/00_core.ipynb #8a13596e
+def check_classes(
+    logits,             # of the network [..., k]
+    what, num_classes,  # what else has classes, and how many
+):
+    "Raise unless both have the same number of classes."
+    if logits.shape[-1] != num_classes:
+        raise ValueError(f"the {what} and the network must have the same classes, got {num_classes} and {logits.shape[-1]}")
 
 # %% ../../nbs/methods/00_core.ipynb #707acd17
 def total(

@@ -9,7 +9,7 @@ __all__ = ['MATCHES', 'NORMS', 'CRT']
 import torch
 
 from ..data import unknown
-from .core import Method, Passes
+from .core import Method, Passes, check_classes
 from ..noise import noisy_logits
 
 # %% ../../nbs/methods/crt.ipynb #efe51d8d
@@ -37,6 +37,5 @@ class CRT(Method):
         noise, space = self.noise(model, x, y, index), MATCHES[self.match]
         with torch.no_grad(): target = space(noisy_logits(self.teacher, x, noise))
         ours = space(noisy_logits(model, x, noise))
-        if ours.shape != target.shape:
-            raise ValueError(f"teacher and student must have the same classes, got {target.shape[-1]} and {ours.shape[-1]}")
+        check_classes(ours, 'teacher', target.shape[-1])
         return {'transfer': NORMS[self.norm](ours - target).mean()}

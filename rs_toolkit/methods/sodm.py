@@ -14,7 +14,7 @@ from torch.special import ndtri
 
 from ..bounds import check_number, check_samples
 from ..data import MAPPING, unknown
-from .core import Method, Passes, share_gradients, total
+from .core import Method, Passes, check_classes, share_gradients, total
 from ..models import frozen
 from ..noise import gaussian_noise, noisy_logits
 
@@ -70,7 +70,8 @@ class SODM(Method):
         if not (isinstance(rho, float) and 0 < rho < 1): raise ValueError(f"rho is a vote share: it must lie in (0, 1) (0.99, say), got {rho!r}")
         self.rho, self.beta, self.boost_from, self.boost = rho, check_number(beta, 'beta'), boost_from, check_number(boost, 'boost')
         self.mapping_noise, self.interval = check_samples(mapping_noise, 'mapping_noise'), check_samples(interval, 'interval')
-        self.mapping = MAPPINGS[mapping](check_samples(num_classes, 'num_classes'))
+        self.num_classes = check_samples(num_classes, 'num_classes')
+        self.mapping = MAPPINGS[mapping](num_classes)
         weights = list(self.mapping.parameters())
         self.optimizer = torch.optim.Adam(weights, check_number(mapping_lr, 'mapping_lr')) if weights else None
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
@@ -83,6 +84,7 @@ class SODM(Method):
 
     def loss(self, logits, y):
         "The two terms for logits [n, b, k]."
+        check_classes(logits, 'mapping', self.num_classes)
         with torch.autocast(logits.device.type, enabled=False):
             log_g = self.mapping.scores(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))       # [b, k]; no vote is too small for its logarithm
         log_gy, right = log_g.gather(1, y[:, None])[:, 0], log_g.argmax(1) == y
