@@ -1,11 +1,11 @@
-"""The pictures that explorers open with where no kernel runs: `python tools/pictures.py [NAME ...]` writes nbs/images/NAME.png."""
+"""The pictures that explorers open with where no kernel runs: `python tools/pictures.py [NAME ...]` writes nbs/images/NAME.png, the figure of `rs_toolkit.explore.NAME.NAME_figure()`."""
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from rs_toolkit.explore.radius import radius_figure
-
-IMAGES = Path(__file__).resolve().parents[1] / 'nbs/images'
-PICTURES = {'radius': radius_figure}
+NBS = Path(__file__).resolve().parents[1] / 'nbs'
 
 if __name__ == '__main__':
-    for name in sys.argv[1:] or PICTURES: PICTURES[name]().write_image(IMAGES / f'{name}.png', width=1100, height=660, scale=1.5)
+    for name in sys.argv[1:] or sorted(p.stem for p in (NBS/'explore').glob('[a-z]*.ipynb')):
+        figure = getattr(import_module(f'rs_toolkit.explore.{name}'), f'{name}_figure')()
+        figure.write_image(NBS/f'images/{name}.png', width=1100, height=figure.layout.height, scale=1.5)
