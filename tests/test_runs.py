@@ -87,7 +87,7 @@ def test_compare(tmp_path, teacher):
     assert refused.returncode == 1 and '500' in refused.stderr and '300' in refused.stderr
 
 def test_benchmark(tmp_path):
-    succeed('benchmark', tmp_path, archs=['cifar_resnet20'], samples=[100], batches=[50], methods=['gaussian m=4', 'crt, equal teacher'], images=32, rounds=2)
+    succeed('benchmark', tmp_path, archs=['cifar_resnet20'], samples=[100], batches=[50], methods=['crt, equal teacher', 'catrs m=4 T=4', 'sphere m=4 T=3'], images=32, rounds=2)
     refused = mill('benchmark', tmp_path, archs=['cifar_resnet20'], rounds=1)
     assert refused.returncode == 1 and 'at least two rounds' in refused.stderr
 
