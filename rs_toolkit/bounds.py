@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_sigma', 'check_alpha', 'check_samples', 'check_number', 'lower_bound', 'votes_of', 'certified_radius',
-           'round_down', 'max_radius', 'sensitivity', 'min_samples', 'two_sided_p', 'trivial_budget']
+           'round_down', 'max_radius', 'sensitivity', 'min_samples', 'two_sided_p', 'trivial_budget', 'constant_acr']
 
 # %% ../nbs/00_bounds.ipynb #c5804c13
 from numbers import Real
@@ -125,11 +125,22 @@ def two_sided_p(
 def trivial_budget(
     acr:float,        # average certified radius to beat
     sigma:float,      # noise level
-    num_classes:int,  # classes, equally frequent
+    num_classes,      # classes, equally frequent; or 1 / the share of the class that it predicts
     alpha:float,      # failure probability
 )->float:             # a whole number; inf where it underflows (acr * num_classes / sigma beyond about 38)
     "Smallest `n` with which a constant classifier's bound exceeds `acr` (Sun et al., Theorem 1, corrected)."
     if not acr >= 0: raise ValueError(f"an average certified radius is at least 0, got {acr}")
-    check_samples(num_classes, 'num_classes')
+    check_number(num_classes, 'num_classes', 1)
     log_p = log_ndtr(acr * num_classes / check_sigma(sigma))
     return np.inf if log_p == 0 else np.floor(np.log(check_alpha(alpha)) / log_p) + 1
+
+# %% ../nbs/00_bounds.ipynb #02a0142b
+def constant_acr(
+    n,                # samples drawn, a number or an array; any size
+    sigma:float,      # noise level
+    num_classes,      # classes, equally frequent; or 1 / the share of the class that it predicts
+    alpha:float,      # failure probability
+)->np.ndarray:        # shape of `n`
+    "Average certified radius of a classifier that always gives the same answer."
+    if not (np.asarray(n) >= 1).all(): raise ValueError(f"a certificate takes at least one sample, got n={n}")
+    return (check_sigma(sigma) * np.maximum(-ndtri(-np.expm1(np.log(check_alpha(alpha)) / np.asarray(n, float))), 0) / num_classes)[()]

@@ -11,7 +11,7 @@ import json, os, secrets, shutil, signal, socket, subprocess, sys, tempfile, tim
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from playwright.sync_api import TimeoutError as Late, sync_playwright
@@ -69,44 +69,63 @@ class Server:
     token: str
 
     @contextmanager
-    def notebook(self, browser, path, width=1280, height=1000):
+    def notebook(self, browser, path):
         "A page with the notebook open and its kernel ready."
+        with self.page(browser, f'doc/tree/{path}') as page:
+            state = page.wait_for_function(READY, timeout=90_000).json_value()
+            assert state == 'ready', f'JupyterLab asks: {state}'
+            yield page
+
+    @contextmanager
+    def page(self, browser, address, width=1280, height=1000):
+        "Any page of the server."
         page = browser.new_page(viewport=dict(width=width, height=height))
-        page.goto(f'{self.url}/doc/tree/{path}?token={self.token}')
-        state = page.wait_for_function(READY, timeout=90_000).json_value()
-        assert state == 'ready', f'JupyterLab asks: {state}'
-        try: yield page
+        try:
+            page.goto(f'{self.url}/{address}?token={self.token}', wait_until='commit', timeout=120_000)   # Voilà also asks for addresses outside
+            yield page
         finally: page.close()
 
 
 @contextmanager
-def lab(root, timeout=90):
-    "JupyterLab over `root` on a free loopback port, behind a random token; gone, kernels and all, when the block ends."
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+def lab(root):
+    "JupyterLab over `root`."
     with tempfile.TemporaryDirectory(prefix='lab_') as home:
-        home, server = Path(home), Server(f'http://127.0.0.1:{port}', secrets.token_hex(24))
+        home = Path(home)
         for name, values in SETTINGS.items():
             file = home / 'settings/@jupyterlab' / f'{name}.jupyterlab-settings'
             file.parent.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(values))
-        env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}      # the kernel is not under test
-        env |= dict(JUPYTER_TOKEN=server.token, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'), IPYTHONDIR=str(home/'ipython'))
-        options = dict(ServerApp=dict(ip='127.0.0.1', port=port, port_retries=0, root_dir=root, allow_root=True),
+        options = dict(ServerApp=dict(ip='127.0.0.1', port_retries=0, root_dir=root, allow_root=True),
                        LabApp=dict(user_settings_dir=home/'settings', workspaces_dir=home/'workspaces', extension_manager='readonly',
                                    check_for_updates_class='jupyterlab.NeverCheckForUpdate', news_url='None'))
         flags = [f'--{app}.{name}={value}' for app, values in options.items() for name, value in values.items()]
-        with open(home/'log', 'w+') as log:
-            process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--expose-app-in-browser', *flags],
-                                       env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-            try:
-                until = time.monotonic() + timeout
-                while not answers(server.url):
-                    assert process.poll() is None and time.monotonic() < until, f"JupyterLab did not start:\n{(home/'log').read_text()[-3000:]}"
-                    time.sleep(.1)
-                yield server
-            finally: stop(process)
+        with serve(home, 'api', 'jupyterlab', '--no-browser', '--expose-app-in-browser', *flags) as server: yield server
+
+@contextmanager
+def voila(folder):
+    "Voilà over a folder of notebooks; each is run when its page is asked for."
+    with tempfile.TemporaryDirectory(prefix='voila_') as home, \
+         serve(Path(home), 'voila/static/none', 'voila', folder, '--no-browser', '--Voila.ip=127.0.0.1', '--show_tracebacks=True') as server: yield server
+
+@contextmanager
+def serve(home, probe, *command, timeout=90):
+    "A server on a free loopback port, behind a random token, that is up once `probe` answers; gone, kernels and all, when the block ends."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    server = Server(f'http://127.0.0.1:{port}', secrets.token_hex(24))
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}      # the kernel is not under test
+    env |= dict(JUPYTER_TOKEN=server.token, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'), IPYTHONDIR=str(home/'ipython'))
+    with open(home/'log', 'w+') as log:
+        process = subprocess.Popen([sys.executable, '-m', *map(str, command), f'--port={port}'], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until = time.monotonic() + timeout
+            while not answers(f'{server.url}/{probe}'):
+                assert process.poll() is None and time.monotonic() < until, f"{command[0]} did not start:\n{(home/'log').read_text()[-3000:]}"
+                time.sleep(.1)
+            yield server
+        finally: stop(process)
 
 def answers(url):
-    try: return urlopen(f'{url}/api', timeout=5)
+    try: return urlopen(url, timeout=5)
+    except HTTPError as error: return error               # it answers, whatever it says
     except (URLError, OSError): return None
 
 def stop(process, patience=15):
@@ -134,14 +153,18 @@ def wait(page, condition, what, seconds):
     try: page.wait_for_function(condition, timeout=1000 * seconds)
     except Late: check(page); raise AssertionError(f'{what} within {seconds} s') from None
 
+def loaded(page, seconds=60):
+    "Wait until every widget and figure is on the page."
+    wait(page, LOADED, 'the widgets did not load', seconds)
+    page.wait_for_timeout(500)
+    check(page)
+
 def run(page, seconds=300):
     "Run all cells and wait until every widget and figure is on the page."
     page.evaluate(RUN)
     wait(page, '() => window.done', 'the cells did not finish', seconds)
     check(page)
-    wait(page, LOADED, 'the widgets did not load', 60)
-    page.wait_for_timeout(500)
-    check(page)
+    loaded(page)
 
 def press(page, slider, key, seconds=10):
     "Press a key on a slider; milliseconds until the figures, whose data must change, are redrawn."

@@ -28,8 +28,8 @@ def test_is_committed_without_outputs_and_opens_with_a_picture(path):
     assert 'widgets' not in nb.metadata
     assert not [c.source for c in nb.cells if c.get('outputs')]
     prose = ''.join(c.source for c in nb.cells[:3])
-    assert nb.cells[0].source.splitlines()[0].endswith('?') and f'](../images/{path.stem}.png)' in prose
-    assert (ROOT / 'nbs/images' / f'{path.stem}.png').read_bytes().startswith(b'\x89PNG')
+    assert nb.cells[0].source.splitlines()[0].endswith('?') and f'](images/{path.stem}.png)' in prose
+    assert (path.parent / f'images/{path.stem}.png').read_bytes().startswith(b'\x89PNG')
 
 
 # --- in a real browser ---
@@ -54,6 +54,20 @@ def test_lives_in_a_browser(server, browser, path, capsys):
         ms = [lab.press(page, 0, key) for key in ['ArrowLeft'] * 10 + ['ArrowRight'] * 10]
     with capsys.disabled(): print(f'\n{path.stem}: {statistics.median(ms):.0f} ms from key press to redraw (median of {len(ms)}; slowest {max(ms):.0f})')
     assert path.read_bytes() == committed
+
+@pytest.fixture(scope='module')
+def pages(browser):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', str(ROOT))
+        with lab.voila(ROOT/'nbs/explore') as server: yield server
+
+@each_explorer
+def test_is_a_page_of_its_own(pages, browser, path):
+    "Under Voilà: no code, and the figure follows its slider."
+    with pages.page(browser, f'voila/render/{path.name}') as page:
+        lab.loaded(page, 180)
+        assert 'explorer.view' not in page.inner_text('body')
+        lab.press(page, 0, 'ArrowLeft', 30)
 
 BROKEN = {
     'cell': ('1/0', 'ZeroDivisionError'),

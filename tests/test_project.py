@@ -38,7 +38,7 @@ def test_notebook_form(path):
     assert not any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', []))
 
 @pytest.mark.parametrize('module, banned', [('bounds', 'torch'), ('log', 'torch'), ('metrics', 'torch'), ('certify', 'plotly'), ('certify', 'ipywidgets'),
-                                            ('train', 'plotly'), ('train', 'ipywidgets'), ('checkpoint', 'plotly'), ('explore.radius', 'torch')])
+                                            ('train', 'plotly'), ('train', 'ipywidgets'), ('checkpoint', 'plotly'), *((f'explore.{name}', 'torch') for name in ('radius', 'p_a', 'acr', 'methods'))])
 def test_imports_stay_light(module, banned):
     run(sys.executable, '-c', f"import sys, rs_toolkit.{module}; assert '{banned}' not in sys.modules")
 

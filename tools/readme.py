@@ -14,7 +14,7 @@ def render(folder):
     parts = []
     for number, cell in enumerate(nb.cells):
         lines = cell.source.split('\n')
-        if cell.cell_type == 'markdown': parts.append(cell.source)
+        if cell.cell_type == 'markdown': parts.append(cell.source.replace('](explore/', '](nbs/explore/'))
         elif '#| hide' not in lines:
             parts.append('```python\n' + '\n'.join(line for line in lines if not line.startswith('#|')) + '\n```')
             parts += [shown for output in cell.outputs if (shown := show(output, f'nbs/images/index_{number}.png', folder))]

@@ -12,6 +12,7 @@ from html import escape
 
 import ipywidgets as W
 import plotly.graph_objects as go
+from plotly.basedatatypes import Undefined
 
 # %% ../../nbs/explore/00_core.ipynb #21694001
 BLUE, ORANGE, GREEN, PURPLE, GREY, ZONE = '#0072B2', '#D55E00', '#009E73', '#AA4499', '#8a8a8a', 'rgba(120,120,120,.14)'
@@ -36,6 +37,7 @@ class Explorer:
         below=(),          # more widgets between the controls and the words, such as a row of buttons
     ):
         self.controls, self.words, self.fig = controls, W.HTML(), go.FigureWidget(figure)
+        self.names = [trace.name for trace in self.fig.data]
         self.fig._config = dict(responsive=True, displaylogo=False)
         self.fig.observe(lambda _: self.fig.update_layout(autosize=True), '_view_count')      # once on a page, fill its width
         for control in controls.values(): control.layout.width = 'auto'; control.observe(self.update, 'value')
@@ -64,8 +66,9 @@ class Explorer:
 
     def draw(self, traces, layout=None):
         "One message in which every trace has every key: `batch_update` leaves gaps, and plotly 7 takes those for removals."
-        keys = {key for trace in traces.values() for key in trace}
-        self.fig.plotly_update({key: [traces[t.name].get(key) for t in self.fig.data] for key in keys}, layout or {})
+        shown = [traces[name] for name in self.names]
+        def value(i, key): return shown[i][key] if key in shown[i] else None if key in self.fig.data[i] else Undefined     # an image has no x, a line no z
+        self.fig.plotly_update({key: [value(i, key) for i in range(len(shown))] for key in {key for trace in shown for key in trace}}, layout or {})
 
     def say(self, words): self.words.value = f'<div role="status" style="line-height:1.5">{words}</div>'
 
