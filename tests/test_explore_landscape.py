@@ -1,4 +1,4 @@
-"""The landscape explorer: every control by hand, a click, training in the background. Truth comes from the network's own answers to noise, and from the half-space in closed form."""
+"""The landscape explorer: every control by hand, a click, training in the background. Truth comes from the network's answers to noise, and from the closed form."""
 import threading
 
 import numpy as np
@@ -34,7 +34,8 @@ def check(e, sigma=.1, n=10_000, alpha=.001, problem='two moons', method='Gaussi
         spread = np.concatenate([np.stack([t[f'{c} copies'].x, t[f'{c} copies'].y], 1) for c in ['blue', 'orange']]) - [x, y]
         assert len(spread) == 100 and abs(spread.std() / sigma - 1) < .15
     for trace in ['point', 'point, left']: assert (t[trace].x[0], t[trace].y[0]) == (x, y)
-    middle = [((t['boundary'].x[i] + t['boundary'].x[i + 1])/2, (t['boundary'].y[i] + t['boundary'].y[i + 1])/2) for i in range(0, len(t['boundary'].x), 3)][::20]
+    start, end = np.stack([[t['boundary'].x[i::3], t['boundary'].y[i::3]] for i in [0, 1]])
+    middle = ((start + end) / 2).T[::20]
     np.testing.assert_allclose([share(*q) for q in middle], .5, atol=.03)
 
     p = share(x, y)

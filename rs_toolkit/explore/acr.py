@@ -20,8 +20,7 @@ from plotly.subplots import make_subplots
 from ..acr import accuracy_without_hardest, acr_by_decile, acr_without_hardest, all_or_nothing, constant
 from ..bounds import constant_acr, max_radius, trivial_budget
 from ..distribution import outcome
-from .core import GREEN, GREY, ORANGE, ZONE, line, text
-from .methods import Thrifty
+from .core import GREEN, GREY, ORANGE, ZONE, Explorer, line, text
 from .radius import large
 from ..log import read_log
 from ..metrics import check_comparable, setting
@@ -184,7 +183,7 @@ def acr_figure(p:Pair=None)->go.Figure:
                                                           showlegend=False, uirevision='keep', hoverlabel_namelength=-1)
 
 # %% ../../nbs/explore/acr.ipynb #af2ffc1f
-class ACRExplorer(Thrifty):
+class ACRExplorer(Explorer):
     "Two runs: a constant answer that beats them, who earns their ACR, what may be given up, and the curves behind the number."
     def __init__(self,
         runs=None,  # name -> run folder or log with votes; our own runs unless given

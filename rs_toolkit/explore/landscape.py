@@ -15,7 +15,6 @@ import numpy as np
 import ipywidgets as W
 import plotly.graph_objects as go
 import torch
-from plotly.basedatatypes import Undefined
 from plotly.subplots import make_subplots
 
 from ..bounds import certified_radius, min_samples
@@ -26,7 +25,9 @@ from ..metrics import average_certified_radius
 from ..toy import PROBLEMS, TOY_METHODS, boundary, centres, certified_balls, logits_grid, nearest_adversary, shares, smooth, smooth_at, train_toy
 
 # %% ../../nbs/explore/landscape.ipynb #e294e616
-POINTS, EPOCHS, SIGMAS, REACH, SQUARE = 120, 100, (.02, .3), 1.2, centres()        # of training; the smallest and the largest noise, and four times that; middles of the cells
+POINTS, EPOCHS = 120, 100             # of training
+SIGMAS, REACH = (.02, .3), 1.2        # the smallest and the largest noise, and four times that
+SQUARE = centres()                    # middles of the cells
 
 @dataclass(frozen=True)
 class Scene:
@@ -107,14 +108,18 @@ def named_class(label): return f'<b style="color:{[BLUE, ORANGE][label]}">{NAMES
 def in_words(s:Landscape)->str:
     "What the picture says about the point, in HTML."
     c, (true, _), (near, _) = s.certificate, s.way_out, s.adversary
-    votes = f'{c.counts[c.selected]:,} of {s.n:,} noisy copies say {named_class(c.selected)}, so p<sub>A</sub> ≥ {probability(c.p_a_lower)} (in truth {probability(s.p_a)}).'
-    everyone = f'<br>Of all {len(s.balls)} training points, {s.balls.correct.mean():.0%} are certified for their class; the average certified radius (ACR) is {average_certified_radius(s.balls):.3f}.'
+    votes = (f'{c.counts[c.selected]:,} of {s.n:,} noisy copies say {named_class(c.selected)}, so p<sub>A</sub> ≥ {probability(c.p_a_lower)} '
+             f'(in truth {probability(s.p_a)}).')
+    everyone = (f'<br>Of all {len(s.balls)} training points, {s.balls.correct.mean():.0%} are certified for their class; '
+                f'the average certified radius (ACR) is {average_certified_radius(s.balls):.3f}.')
     boundary = f'{true:.3f} away' if np.isfinite(true) else 'nowhere in the square'
     if c.prediction == ABSTAIN:
         return f'<b>Abstain.</b> {votes} Less than one half is proven, and nothing is promised. The smoothed boundary is {boundary}.{everyone}'
     base = (f'The base classifier itself answers {named_class(1 - c.selected)} here; most of its neighbourhood does not.' if near == 0 else
-            f'An <b>adversarial point of the base classifier lies inside the ball</b>, only {near:.3f} away: it fools the network, and not the vote.' if near < c.radius else
-            f'The base classifier errs first {near:.3f} away, outside the ball.' if np.isfinite(near) else 'The base classifier gives this answer everywhere in the square.')
+            f'An <b>adversarial point of the base classifier lies inside the ball</b>, only {near:.3f} away: '
+            'it fools the network, and not the vote.' if near < c.radius else
+            f'The base classifier errs first {near:.3f} away, outside the ball.' if np.isfinite(near) else
+            'The base classifier gives this answer everywhere in the square.')
     lucky = f' <b>Too much was promised</b>: the votes were lucky, as they may be with a chance of α = {s.alpha:g}.' if c.radius > true else ''
     return (f'{votes} Nothing nearer than <b>{down(c.radius)}</b> changes the smoothed answer; were p<sub>A</sub> known, nothing nearer than {down(s.theorem)}. '
             f'In truth its boundary is {boundary}.{lucky} {base}{everyone}')
@@ -153,13 +158,15 @@ def landscape_traces(s:Landscape)->dict:
 # %% ../../nbs/explore/landscape.ipynb #0f16a599
 INK = '#222222'
 
-def _spot(color, size, symbol='circle', edge='white', width=1): return dict(mode='markers', marker=dict(color=color, size=size, symbol=symbol, line=dict(color=edge, width=width)))
+def _spot(color, size, symbol='circle', edge='white', width=1):
+    return dict(mode='markers', marker=dict(color=color, size=size, symbol=symbol, line=dict(color=edge, width=width)))
 def _way(color): return line(color, 2) | dict(mode='lines+markers', marker=dict(color=color, size=[0, 11], symbol='x'))
 
 FIELDS = {  # heatmap -> column, look
     'base': (1, dict(colorscale=[[0, TINTS[0]], [1, TINTS[1]]], showscale=False)),
     'smoothed': (2, dict(colorscale=[[0, TINTS[0]], [.5, '#ffffff'], [1, TINTS[1]]],
-                         colorbar=dict(title=dict(text='share of orange votes', side='right', font_size=13), tickformat='.0%', thickness=12, outlinewidth=0, len=1.04)))}
+                         colorbar=dict(title=dict(text='share of orange votes', side='right', font_size=13), tickformat='.0%', thickness=12,
+                                       outlinewidth=0, len=1.04)))}
 LOOKS = {  # the same for lines and points, in the order in which they are drawn
     'base boundary, left': (1, line(GREY, 1.5)), 'base boundary': (2, line(GREY, 1)), 'boundary': (2, line(INK, 2.5)),
     **{f'{name} training': (1, _spot(color, 7)) for name, color in zip(NAMES, [BLUE, ORANGE])},
@@ -174,11 +181,12 @@ def landscape_notes(s:Landscape)->list:
     "The title of each panel, and the names of the points that the purple lines lead to."
     trained = s.problem if s.problem == 'half-space' else f'{s.problem}, {s.method}'
     def note(text, panel, point, where):
-        near = where or point
-        return dict(text=text, xref=f'x{panel}', yref=f'y{panel}', x=near[0], y=near[1], xanchor='left' if near[0] < .5 else 'right', yshift=14 if near[1] > point[1] else -14,
+        x, y = where or point
+        return dict(text=text, xref=f'x{panel}', yref=f'y{panel}', x=x, y=y, xanchor='left' if x < .5 else 'right', yshift=14 if y > point[1] else -14,
                     visible=bool(where), showarrow=False, font=dict(color=PURPLE, size=13), bgcolor='rgba(255,255,255,.8)', borderpad=1)
+    inside = 0 < s.adversary[0] < s.certificate.radius
     return [dict(text=f'Base classifier ({trained}): each noisy copy has a vote'), dict(text='Smoothed classifier: the majority, and where it is proven'),
-            note('adversarial point' if 0 < s.adversary[0] < s.certificate.radius else 'another answer', '', s.point, s.adversary[1]), note('boundary', '2', s.point, s.way_out[1])]
+            note('adversarial point' if inside else 'another answer', '', s.point, s.adversary[1]), note('boundary', '2', s.point, s.way_out[1])]
 
 def landscape_figure(s:Landscape=Landscape())->go.Figure:
     "Both panels for one setting."
@@ -188,11 +196,13 @@ def landscape_figure(s:Landscape=Landscape())->go.Figure:
     for name, (col, look) in FIELDS.items():
         fig.add_heatmap(row=1, col=col, name=name, zmin=0, zmax=1, zsmooth='fast', hovertemplate='(%{x:.2f}, %{y:.2f})<extra></extra>', **look, **traces[name])
     for name, (col, look) in LOOKS.items(): fig.add_scatter(row=1, col=col, name=name, hoverinfo='skip', **look, **traces[name])
-    fig.update_xaxes(title='first pixel', range=[0, 1], constrain='domain', dtick=.2)
-    fig.update_yaxes(title='second pixel', range=[0, 1], constrain='domain', dtick=.2)
+    fig.update_xaxes(title='pixel 1', range=[0, 1], constrain='domain', dtick=.2)
+    fig.update_yaxes(title='pixel 2', range=[0, 1], constrain='domain', dtick=.2)
     for col, axis in [(1, 'x'), (2, 'x2')]: fig.update_yaxes(scaleanchor=axis, row=1, col=col)
-    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white', showgrid=False, zeroline=False)
-    return fig.update_layout(template='plotly_white', height=560, margin=dict(l=60, r=20, t=40, b=55), font_size=13, showlegend=False, uirevision='keep', hoverlabel_namelength=-1)
+    for axes in [fig.update_xaxes, fig.update_yaxes]:
+        axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white', showgrid=False, zeroline=False)
+    return fig.update_layout(template='plotly_white', height=560, margin=dict(l=60, r=20, t=40, b=55), font_size=13, showlegend=False,
+                             uirevision='keep', hoverlabel_namelength=-1)
 
 # %% ../../nbs/explore/landscape.ipynb #9b5ce828
 class LandscapeExplorer(Explorer):
@@ -206,9 +216,8 @@ class LandscapeExplorer(Explorer):
             alpha=W.FloatLogSlider(s.alpha, min=-6, max=-1, step=.5, readout_format='.1g', description='failure α'),
             problem=W.Dropdown(value=s.problem, options=[*PROBLEMS], description='problem'),
             method=W.Dropdown(value=s.method, options=[*TOY_METHODS], description='training'),
-            x=W.FloatSlider(s.x, min=0, max=1, step=.01, description='first pixel'),
-            y=W.FloatSlider(s.y, min=0, max=1, step=.01, description='second pixel')), landscape_figure(s), columns=4)
-        self.drawn, _, self.noted = self.picture()
+            x=W.FloatSlider(s.x, min=0, max=1, step=.01, description='pixel 1'),
+            y=W.FloatSlider(s.y, min=0, max=1, step=.01, description='pixel 2')), landscape_figure(s), columns=4)
         for trace in self.fig.data[:2]: trace.on_click(self.go_to)
 
     @property
@@ -216,16 +225,9 @@ class LandscapeExplorer(Explorer):
 
     def picture(self):
         s = self.landscape
+        self.told = in_words(s)
         notes = {f'annotations[{i}].{key}': value for i, note in enumerate(landscape_notes(s)) for key, value in note.items()}
-        return landscape_traces(s), in_words(s) + self.news, notes
-
-    def draw(self, traces, notes):
-        "Only what has changed: two of these images weigh more than all the rest."
-        def same(name): return all(np.array_equal(value, self.drawn[name][key], equal_nan=True) for key, value in traces[name].items())
-        new = [i for i, trace in enumerate(self.fig.data) if not same(trace.name)]
-        data = {key: [traces[self.fig.data[i].name].get(key, Undefined) for i in new] for key in 'xyz'}
-        self.fig.plotly_update(data, {key: value for key, value in notes.items() if value != self.noted[key]}, new)
-        self.drawn, self.noted = traces, notes
+        return landscape_traces(s), self.told + self.news, notes
 
     def go_to(self, trace, points, state):
         "Called for both panels when a cell of one of them is clicked: `points` is empty for the other."
@@ -235,20 +237,18 @@ class LandscapeExplorer(Explorer):
     def update(self, _=None):
         with self.worker.lock:
             key = self.values['problem'], self.values['method']
-            missing = key not in SCENES and key != self.wanted
             if key in SCENES: self.shown, self.wanted, self.news = key, None, ''; self.worker.stop()
-            elif missing: self.wanted, self.news = key, f'<br>Training {key[1]} on {key[0]} …'
+            elif key != self.wanted: return self.train(key)
             super().update()
-            if missing: self.train(key)
 
     def train(self, key):
         "In the background; when it is done, show it."
+        def tell(news): self.news = f'<br>Training {key[1]} on {key[0]}: {news} …'; self.say(self.told + self.news)
         def watch(history):
             if self.wanted != key: raise InterruptedError('another classifier is wanted by now')
-            self.news = f'<br>Training {key[1]} on {key[0]}: epoch {len(history)} of {EPOCHS} …'
-            self.say(in_words(self.landscape) + self.news)
+            tell(f'epoch {len(history)} of {EPOCHS}')
         def work(): yield scene(*key, watch)
-        def failed(error):
-            self.news = ''
-            self.complain(error)
+        def failed(error): self.news = ''; self.complain(error)
+        self.wanted = key
+        tell('it begins')
         self.worker.start(work(), self.update, failed)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['IDEAL_COST', 'SECONDS', 'SOURCES', 'MINE', 'PLACES', 'EMPTY', 'STYLES', 'PLACES_BESIDE', 'LOOKS', 'pick', 'released',
            'ours', 'cifar10', 'open_source', 'gaussians_first', 'Choice', 'percent', 'in_words', 'spread',
-           'free_places', 'still_traces', 'method_traces', 'methods_figure', 'export_figure', 'same', 'Thrifty',
-           'MethodsExplorer']
+           'free_places', 'still_traces', 'method_traces', 'methods_figure', 'export_figure', 'MethodsExplorer']
 
 # %% ../../nbs/explore/methods.ipynb #5c366573
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ import ipywidgets as W
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.basedatatypes import Undefined
 from plotly.subplots import make_subplots
 
 from .core import GREY, ORANGE, ZONE, Explorer, Worker
@@ -314,26 +312,7 @@ def export_figure(
         yield folder/f'{name}.{kind}'
 
 # %% ../../nbs/explore/methods.ipynb #11001ada
-def same(a, b): return a is b or type(a) is type(b) and (np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b)
-
-class Thrifty(Explorer):
-    "An explorer that sends only what has changed: worth it where there are many traces, or most of them stay as they are."
-    def __init__(self, *args, **kwargs):     # as for `Explorer`
-        super().__init__(*args, **kwargs)
-        self.drawn, _, self.placed = self.picture()
-
-    def draw(self, traces, layout=None):
-        changed = lambda name: any(not same(self.drawn[name].get(key), traces[name].get(key)) for key in {*traces[name], *self.drawn[name]})
-        new = [i for i, t in enumerate(self.fig.data) if changed(t.name)]
-        pairs = [(self.drawn[self.fig.data[i].name], traces[self.fig.data[i].name]) for i in new]
-        value = lambda old, now, key: now.get(key, None if key in old else Undefined)
-        update = {key: [value(*pair, key) for pair in pairs] for key in {key for pair in pairs for trace in pair for key in trace}}
-        moved = {key: value for key, value in (layout or {}).items() if not same(value, self.placed.get(key))}
-        if new or moved: self.fig.plotly_update(update, moved, trace_indexes=new)
-        self.drawn, self.placed = traces, layout or {}
-
-# %% ../../nbs/explore/methods.ipynb #5cf26edb
-class MethodsExplorer(Thrifty):
+class MethodsExplorer(Explorer):
     "Compare methods: curves, the ranking at a radius, differences to a baseline, cost, and the table to export."
     def __init__(self, source='CIFAR-10, published'):
         self.filling, self.opened, self.choice, self.worker = False, None, None, Worker()
