@@ -2,7 +2,7 @@
 
     with lab(ROOT) as server, chromium() as browser, server.notebook(browser, 'nbs/explore/radius.ipynb') as page:
         run(page)
-        ms = press(page, slider=0, key='ArrowLeft')
+        first, last = press(page, slider=0, key='ArrowLeft')
 
 Every failure is an `AssertionError` that names what the page or the kernel said: a raising cell, a widget that does not load, an exception in a callback
 (JupyterLab hides those in a log), a dialog that waits for an answer, a figure that does not follow its slider.
@@ -52,14 +52,14 @@ LOADED = '''() => {
     return !loading && plots.length && plots.every(p => p.querySelector('.main-svg'));
 }'''
 
-# clocks the last redraw after a key press, and tells whether the plotted data differ from those before it
+# clocks the first and the last redraw after a key press, and tells whether the plotted data differ from those before it
 WATCH = '''() => {
     const plots = [...document.querySelectorAll('.js-plotly-plot')];
     const data = () => JSON.stringify(plots.map(p => p.data.map(t => [t.x, t.y, t.z])));
-    const watch = window.watch = {before: data(), pressed: null, drawn: null};
+    const watch = window.watch = {before: data(), pressed: null, first: null, drawn: null};
     watch.settled = () => watch.drawn && performance.now() - watch.drawn > 150 && data() !== watch.before;
     document.addEventListener('keydown', () => { watch.pressed = performance.now(); }, {capture: true, once: true});
-    plots.forEach(p => { p.removeAllListeners('plotly_afterplot'); p.on('plotly_afterplot', () => { watch.drawn = performance.now(); }); });
+    plots.forEach(p => { p.removeAllListeners('plotly_afterplot'); p.on('plotly_afterplot', () => { watch.drawn = performance.now(); watch.first ??= watch.pressed && watch.drawn; }); });
 }'''
 
 
@@ -167,11 +167,11 @@ def run(page, seconds=300):
     loaded(page)
 
 def press(page, slider, key, seconds=10):
-    "Press a key on a slider; milliseconds until the figures, whose data must change, are redrawn."
+    "Press a key on a slider; milliseconds until the figures, whose data must change, are redrawn for the first and for the last time."
     handle = page.locator('[role=slider]').nth(slider)
     handle.focus()
     page.evaluate(WATCH)
     handle.press(key)
     wait(page, '() => window.watch.settled()', f'slider {slider}: no plotted data changed after {key}', seconds)
     check(page)
-    return page.evaluate('() => window.watch.drawn - window.watch.pressed')
+    return page.evaluate('() => [window.watch.first - window.watch.pressed, window.watch.drawn - window.watch.pressed]')

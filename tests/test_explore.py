@@ -51,8 +51,9 @@ def test_lives_in_a_browser(server, browser, path, capsys):
     committed = path.read_bytes()
     with server.notebook(browser, path.relative_to(ROOT)) as page:
         lab.run(page)
-        ms = [lab.press(page, 0, key) for key in ['ArrowLeft'] * 10 + ['ArrowRight'] * 10]
-    with capsys.disabled(): print(f'\n{path.stem}: {statistics.median(ms):.0f} ms from key press to redraw (median of {len(ms)}; slowest {max(ms):.0f})')
+        first, last = zip(*[lab.press(page, 0, key) for key in ['ArrowLeft'] * 10 + ['ArrowRight'] * 10])
+    with capsys.disabled(): print(f'\n{path.stem}: {statistics.median(first):.0f} ms from key press to the first redraw (median of {len(first)}; slowest {max(first):.0f}), '
+                                  f'{statistics.median(last):.0f} to the last')
     assert path.read_bytes() == committed
 
 @pytest.fixture(scope='module')
