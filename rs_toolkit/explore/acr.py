@@ -24,7 +24,7 @@ from .core import GREEN, GREY, ORANGE, ZONE, Explorer, line, text
 from .radius import large
 from ..log import read_log
 from ..metrics import check_comparable, setting
-from ..plots import colours
+from ..plots import colours, common_look
 from ..tables import data_folder, run_name
 
 # %% ../../nbs/explore/acr.ipynb #71137287
@@ -178,9 +178,8 @@ def acr_figure(p:Pair=None)->go.Figure:
     fig.update_yaxes(title='what is left', tickformat='.0%', range=[0, 1.13], row=2, col=1)
     fig.update_xaxes(title='certified ℓ<sub>2</sub> radius (pixel units)', row=2, col=2)
     fig.update_yaxes(title='certified accuracy', tickformat='.0%', range=[0, 1.13], row=2, col=2)
-    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white', zeroline=False)
-    return fig.update_layout(acr_layout(p)).update_layout(template='plotly_white', height=760, margin=dict(l=70, r=80, t=40, b=55), font_size=13,
-                                                          showlegend=False, uirevision='keep', hoverlabel_namelength=-1)
+    fig.update_xaxes(zeroline=False).update_yaxes(zeroline=False)
+    return common_look(fig, height=760, margin=dict(l=70, r=80, t=40, b=55)).update_layout(acr_layout(p))
 
 # %% ../../nbs/explore/acr.ipynb #af2ffc1f
 class ACRExplorer(Explorer):
@@ -204,7 +203,7 @@ class ACRExplorer(Explorer):
 
     @property
     def pair(self):
-        v = {name: control.value for name, control in self.controls.items()}
+        v = self.values
         names = v['run'], v['second']
         return Pair(names, tuple(self.runs[name] for name in names), round(v['n']), v['alpha'], v['dropped'], v['constant_n'])
 

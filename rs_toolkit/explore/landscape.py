@@ -22,6 +22,7 @@ from ..certify import ABSTAIN, certify
 from .core import BLUE, GREY, ORANGE, PURPLE, Explorer, Worker, dashed, line
 from .radius import down, probability
 from ..metrics import average_certified_radius
+from ..plots import common_look
 from ..toy import PROBLEMS, TOY_METHODS, boundary, centres, certified_balls, logits_grid, nearest_adversary, shares, smooth, smooth_at, train_toy
 
 # %% ../../nbs/explore/landscape.ipynb #e294e616
@@ -199,10 +200,8 @@ def landscape_figure(s:Landscape=Landscape())->go.Figure:
     fig.update_xaxes(title='pixel 1', range=[0, 1], constrain='domain', dtick=.2)
     fig.update_yaxes(title='pixel 2', range=[0, 1], constrain='domain', dtick=.2)
     for col, axis in [(1, 'x'), (2, 'x2')]: fig.update_yaxes(scaleanchor=axis, row=1, col=col)
-    for axes in [fig.update_xaxes, fig.update_yaxes]:
-        axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white', showgrid=False, zeroline=False)
-    return fig.update_layout(template='plotly_white', height=560, margin=dict(l=60, r=20, t=40, b=55), font_size=13, showlegend=False,
-                             uirevision='keep', hoverlabel_namelength=-1)
+    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(showgrid=False, zeroline=False)
+    return common_look(fig, height=560, margin=dict(l=60, r=20, t=40, b=55))
 
 # %% ../../nbs/explore/landscape.ipynb #9b5ce828
 class LandscapeExplorer(Explorer):

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .core import GREY, ORANGE, ZONE, Explorer, Worker
-from ..plots import DASHES, colours
+from ..plots import DASHES, colours, common_look
 from ..tables import accuracy_at, data_folder, export_table, lines, marks, minus, over_sigma, read_published, read_runs, table_of, write_table
 
 # %% ../../nbs/explore/methods.ipynb #1deda232
@@ -290,9 +290,8 @@ def methods_figure(
     fig.update_yaxes(tickformat='+.0%', row=2, col=1)
     fig.update_xaxes(type='log', tickvals=[d * 10**k for k in range(5) for d in (1, 2, 5)], row=2, col=2)
     fig.update_yaxes(title='average certified radius (ACR)', row=2, col=2)
-    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white', zeroline=False)
-    return fig.update_layout(template='plotly_white', height=800, margin=dict(l=70, r=40, t=40, b=55), font_size=13, showlegend=False, uirevision='keep',
-                             hoverlabel_namelength=-1)
+    fig.update_xaxes(zeroline=False).update_yaxes(zeroline=False)
+    return common_look(fig, height=800, margin=dict(l=70, r=40, t=40, b=55))
 
 # %% ../../nbs/explore/methods.ipynb #7ce8c2c5
 def export_figure(
@@ -343,7 +342,7 @@ class MethodsExplorer(Explorer):
         self.opened = self.controls['source'].value, self.controls['runs'].value
 
     def chosen(self):
-        v = {name: control.value for name, control in self.controls.items()}
+        v = self.values
         new = Choice(self.rows, v['methods'], v['sigma'], v['baseline'], v['radius'], v['envelope'])
         kept = lambda c: (id(c.rows), c.methods, c.sigmas, c.baseline, c.envelope)
         self.choice = self.choice.move(v['radius']) if self.choice and kept(self.choice) == kept(new) else new

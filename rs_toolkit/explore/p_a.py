@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 from ..distribution import open_log, outcome, together, votes_of_log
 from .core import GREY, ORANGE, ZONE, Explorer, line, text
 from ..metrics import radii_grid, setting
-from ..plots import DASHES, OTHER_COLOURS, colours
+from ..plots import DASHES, OTHER_COLOURS, colours, common_look
 
 # %% ../../nbs/explore/p_a.ipynb #1b2b1e01
 METHODS = ['gaussian', 'gaussian4', 'stability', 'smoothadv', 'macer', 'consistency', 'smoothmix', 'catrs', 'sodm', 'crt', 'acr']
@@ -222,8 +222,7 @@ def p_a_figure(
     fig.update_yaxes(title_text='share of ACR, per bin of .05', row=2, col=1)
     fig.update_yaxes(title_text='certified accuracy', row=2, col=2)
     for key, value in axes.items(): fig.layout[key] = value
-    for update in [fig.update_xaxes, fig.update_yaxes]: update(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white')
-    return fig.update_layout(template='plotly_white', height=700, margin=dict(l=70, r=115, t=40, b=55), font_size=13, showlegend=False, uirevision='keep')
+    return common_look(fig, height=700, margin=dict(l=70, r=115, t=40, b=55))
 
 # %% ../../nbs/explore/p_a.ipynb #4e1b3b34
 class PAExplorer(Explorer):

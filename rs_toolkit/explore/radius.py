@@ -18,6 +18,7 @@ from plotly.subplots import make_subplots
 
 from ..bounds import certified_radius, constant_acr, lower_bound, max_radius, min_samples, sensitivity, trivial_budget
 from .core import BLUE, GREEN, GREY, ORANGE, PURPLE, SHADE, Explorer, dashed, dot, drop, line, named, text
+from ..plots import common_look
 
 # %% ../../nbs/explore/radius.ipynb #7fd45f5f
 def fewest_votes(
@@ -191,10 +192,8 @@ def radius_figure(s:Setting=Setting())->go.Figure:
     fig.update_yaxes(title='slope (radius per unit of share)', type='log', range=[-1, 6.2], exponentformat='B', row=1, col=2)
     fig.update_yaxes(tails, title='lower bound on p<sub>A</sub>, in nines', range=[0, -6.8], row=2, col=1)
     fig.update_yaxes(title='average certified radius', rangemode='tozero', row=2, col=2)
-    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white')
     fig.update_traces(hovertemplate='share 1 − %{x:.2g}<br>bound 1 − %{y:.2g}', row=2, col=1)
-    return fig.update_layout(template='plotly_white', height=660, margin=dict(l=70, r=95, t=40, b=55), font_size=13, showlegend=False,
-                             uirevision='keep', hoverlabel_namelength=-1)
+    return common_look(fig, height=660, margin=dict(l=70, r=95, t=40, b=55))
 
 # %% ../../nbs/explore/radius.ipynb #23b3edcb
 SHARES = np.unique(np.r_[np.arange(40, 90)/100, np.arange(900, 990)/1000, np.arange(9900, 9990)/10_000, np.arange(99_900, 100_001)/100_000]).tolist()

@@ -27,6 +27,7 @@ from ..data import load, project_folder
 from ..models import device_of
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Worker, dashed, dot, line, named, text
 from .radius import down, probability
+from ..plots import common_look
 
 # %% ../../nbs/explore/smooth.ipynb #bd675967
 def at_home(
@@ -230,9 +231,7 @@ def smooth_figure(
     fig.update_xaxes(title='samples N', type='log', exponentformat='B', dtick=1, row=2)
     fig.update_yaxes(title='probability of the class', range=[0, 1.05], row=2, col=1)
     fig.update_yaxes(title='ℓ<sub>2</sub> radius that a run of N certifies', row=2, col=2)
-    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white')
-    fig.update_layout(template='plotly_white', height=660, margin=dict(l=70, r=110, t=40, b=55), font_size=13, showlegend=False, barmode='overlay', uirevision='keep', hoverlabel_namelength=-1)
-    return fig.update_layout(smooth_axes(w))
+    return common_look(fig, height=660, margin=dict(l=70, r=110, t=40, b=55), barmode='overlay').update_layout(smooth_axes(w))
 
 # %% ../../nbs/explore/smooth.ipynb #e284cc13
 class SmoothExplorer(Explorer):
