@@ -142,6 +142,7 @@ def test_a_click_moves_the_point(panel):
 
 def test_training_does_not_block_and_tells_how_far_it_is(monkeypatch):
     monkeypatch.delitem(SCENES, ('spirals', 'MACER'), raising=False)
+    landscape.scene('spirals', 'Gaussian')                                                      # the classifier before
     e, may, said, train = LandscapeExplorer(), threading.Event(), [], landscape.train_toy
     def slow(*args, watch, **kwargs):
         assert may.wait(30)
