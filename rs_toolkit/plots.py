@@ -53,7 +53,7 @@ def common_look(
 )->go.Figure:
     "What all figures share, those of explorers too."
     fig.update_layout(template='plotly_white', showlegend=False, font_size=13, hoverlabel_namelength=-1, uirevision='keep').update_layout(**more)
-    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(title_font_size=13, title_standoff=8, ticks='outside', ticklen=5, tickcolor='white')
+    for axes in [fig.update_xaxes, fig.update_yaxes]: axes(title_font_size=13, title_standoff=8, ticklabelstandoff=5, tickangle=0, ticklabeloverflow='allow')
     return fig
 
 def layout(

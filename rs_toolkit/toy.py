@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+from contourpy import LineType, contour_generator
 from scipy.special import bdtr, bdtrik, ndtr
 from torch import nn
 
@@ -152,7 +153,8 @@ def smooth(
     x, y,         # [c], [r]; where to look
 )->np.ndarray:    # [k, r, c]
     "Probability of each class under noise, on a grid of points."
-    return _carried(y, cells, sigma) @ part @ _carried(x, cells, sigma).T
+    rows, columns = (torch.from_numpy(_carried(at, cells, sigma)) for at in (y, x))
+    return (rows @ torch.from_numpy(part) @ columns.T).numpy()
 
 def smooth_at(
     part,         # [k, R, R], of `shares`
@@ -162,7 +164,8 @@ def smooth_at(
 )->np.ndarray:    # [n, k]
     "Probability of each class under noise, at single points."
     x, y = np.asarray(points, float).T
-    return np.clip(((_carried(y, cells, sigma) @ part) * _carried(x, cells, sigma)).sum(-1).T, 0, 1)
+    rows, columns = (torch.from_numpy(_carried(at, cells, sigma)) for at in (y, x))
+    return ((rows @ torch.from_numpy(part)) * columns).sum(-1).T.clamp(0, 1).numpy()
 
 def smoothed_grid(
     model,           # images [b, 2, 1, 1] -> logits [b, k]
@@ -206,18 +209,11 @@ def certified_balls(
 def boundary(
     scores,     # [k, r, r] in the cells of the square: logits, or probabilities of the smoothed classifier
     label:int,  # whose lead ends there
-)->np.ndarray:  # [s, 2, 2]; both ends of s short pieces, x and y
-    "The line around the region where a class has the highest score."
-    ahead, at = lead(scores)[label], centres(len(scores[0]))
-    won = ahead > 0
-    around = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])               # row and column of the four middles that make a square, in turn
-    total = sum(won[i:len(won) - 1 + i, j:len(won) - 1 + j].astype(int) for i, j in around)
-    rows, columns = (first[:, None] + step for first, step in zip(np.nonzero((total > 0) & (total < 4)), around.T))
-    corner, where = ahead[rows, columns], np.stack([at[columns], at[rows]], -1)       # [s, 4], [s, 4, 2]
-    after, there = np.roll(corner, -1, 1), np.roll(where, -1, 1)
-    crossed = (corner > 0) != (after > 0)                             # two or four of the sides
-    part = (corner[crossed] / (corner[crossed] - after[crossed]))[:, None]
-    return (where[crossed] + part * (there[crossed] - where[crossed])).reshape(-1, 2, 2)
+)->np.ndarray:  # [s, 2], x and y; a row of nan where one line ends and the next begins
+    "The lines around the regions where a class has the highest score."
+    at = centres(len(scores[0]))
+    [lines], *_ = contour_generator(at, at, lead(scores)[label], line_type=LineType.ChunkCombinedNan).lines(0)
+    return np.empty((0, 2)) if lines is None else lines
 
 def nearest_adversary(
     scores,     # [k, r, r] in the cells of the square: logits, or probabilities of the smoothed classifier
@@ -228,10 +224,11 @@ def nearest_adversary(
     point = np.asarray(point, float)
     column, row = np.clip(point * len(scores[0]), 0, len(scores[0]) - 1).astype(int)
     if lead(scores[:, row, column])[label] <= 0: return 0., tuple(point)
-    start, end = boundary(scores, label).transpose(1, 0, 2)
-    if not len(start): return np.inf, None
-    along = end - start
+    lines = boundary(scores, label)
+    if not len(lines): return np.inf, None
+    start, along = lines[:-1], np.diff(lines, axis=0)
     share = ((point - start) * along).sum(1) / np.maximum((along**2).sum(1), 1e-30)
     foot = start + np.clip(share, 0, 1)[:, None] * along
     distances = np.hypot(*(foot - point).T)
-    return distances.min(), tuple(foot[distances.argmin()])
+    nearest = np.nanargmin(distances)
+    return distances[nearest], tuple(foot[nearest])

@@ -150,7 +150,7 @@ def check(page):
 
 def wait(page, condition, what, seconds):
     "Wait for a condition in the page; if it does not come, say why."
-    try: page.wait_for_function(condition, timeout=1000 * seconds)
+    try: page.wait_for_function(condition, timeout=1000 * seconds, polling=100)
     except Late: check(page); raise AssertionError(f'{what} within {seconds} s') from None
 
 def loaded(page, seconds=60):

@@ -8,6 +8,7 @@ import torch
 from rs_toolkit import checkpoint
 from rs_toolkit.attacks import sphere_attack
 from rs_toolkit.data import CRAFTING, image_keys, load, project_folder
+from rs_toolkit.explore.core import middles
 from rs_toolkit.explore.sphere import SphereExplorer
 from rs_toolkit.gradients import gradient_norms
 from rs_toolkit.methods.gaussian import Gaussian
@@ -54,7 +55,7 @@ def check(e, **moved):
     np.testing.assert_allclose([t['mean confidence'].y[0], t['mean confidence'].y[-1]], [p_before.mean(), p_after.mean()], atol=1e-5)
     last = [*ends(t['confidence'], right_before.sum()), *ends(t['confidence, wrong from the start'], (~right_before).sum())]
     np.testing.assert_allclose(sorted(last), p_after.sort().values, atol=1e-5)
-    assert len(t['confidence where wrong'].x) == (right_before & ~right_after).sum()
+    assert len(middles(t['confidence where wrong'])) == (right_before & ~right_after).sum()
     assert list(t['mean now'].x) == [steps] and len(t['mean confidence'].x) == steps + 1
 
     images, labels = PROBLEMS[s['problem']]()
@@ -62,7 +63,8 @@ def check(e, **moved):
     before, after, _, _, right_before, right_after = attacked(toy(s['problem']), images, labels, s['point'], s['sigma'], same_angle, steps, norm)
     expected = dict(stay=before[~right_before], drawn=before[right_before], found=after[right_before & ~right_after])
     for name, points in (expected | {'still right': after[right_after]}).items():
-        np.testing.assert_allclose(np.stack([t[name].x, t[name].y], -1).reshape(-1, 2), points.flatten(1), atol=1e-5, err_msg=name)
+        there = middles(t[name]) if name == 'drawn' else np.stack([t[name].x, t[name].y], -1).reshape(-1, 2)
+        np.testing.assert_allclose(there, points.flatten(1), atol=1e-5, err_msg=name)
     assert f"<b>In the plane</b> ({s['problem']}), wrong from the start, and unmoved: <b>{(~right_before).sum()} of 24</b>" in words
     assert [(t['point'].x[0], t['point'].y[0])] == [tuple(images[s['point']].flatten().tolist())]
     x, y = np.meshgrid(t['error'].x, t['error'].y)
@@ -102,8 +104,9 @@ def test_every_number_of_steps():
         e.controls['steps'].value = steps
         t = shown(e)
         seen.add(str([list(t['mean confidence'].x), list(t['mean now'].y)]))
-        radii = np.hypot(*(np.concatenate([np.asarray(t[name][axis]) - t['point'][axis][0] for name in ['stay', 'found', 'still right']]) for axis in 'xy'))
-        drawn = np.hypot(*(np.concatenate([np.asarray(t[name][axis]) - t['point'][axis][0] for name in ['stay', 'drawn']]) for axis in 'xy'))
+        away = lambda *points: np.hypot(*(np.concatenate(points) - [t['point'].x[0], t['point'].y[0]]).T)
+        stay, found, right = (np.stack([t[name].x, t[name].y], -1).reshape(-1, 2) for name in ['stay', 'found', 'still right'])
+        radii, drawn = away(stay, found, right), away(stay, middles(t['drawn']))
         np.testing.assert_allclose(np.sort(radii), np.sort(drawn), rtol=1e-4)
         assert f'wrong after {steps} steps' in e.words.value
     assert len(seen) == 21 and e.worker.thread is thread

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST', 'NOISES', 'SIGMA', 'STEP', 'MODELS', 'THIN', 'REGION', 'LOOKS', 'Setting', 'digits', 'toy', 'digits_model',
-           'digit_walk', 'plane_walk', 'share', 'walk_in_words', 'gradients_in_words', 'strands', 'error_region',
-           'plane_traces', 'digit_traces', 'gradient_traces', 'marker', 'sphere_layout', 'work', 'sphere_traces',
-           'sphere_figure', 'SphereExplorer']
+           'digit_walk', 'plane_walk', 'share', 'walk_in_words', 'gradients_in_words', 'strands', 'rings',
+           'error_region', 'plane_traces', 'digit_traces', 'gradient_traces', 'marker', 'sphere_layout', 'work',
+           'sphere_traces', 'sphere_figure', 'SphereExplorer']
 
 # %% ../../nbs/explore/sphere.ipynb #dd417383
 from copy import deepcopy
@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 
 from .. import checkpoint
 from ..data import CRAFTING, image_keys, load, project_folder
-from .core import BLUE, GREY, ORANGE, Explorer, Worker, line, text
+from .core import BLUE, GREY, ORANGE, SHADE, Explorer, Worker, circles, dots, line, middles, text
 from ..gradients import gradient_table
 from ..noise import gaussian_noise
 from ..plots import layout
@@ -99,6 +99,12 @@ def strands(
     "Many lines as one, with gaps."
     return np.concatenate([lines, np.full_like(lines[:1], np.nan)]).T.ravel()
 
+def rings(x, y, radius, width):
+    "Thin circles as one shape: around along the outer edge, and back along the inner one."
+    outer, inner = (circles(x, y, radius + side * width/2) for side in (1, -1))
+    there, back = ({key: edge[key].reshape(len(radius), -1) for key in 'xy'} for edge in (outer, inner))
+    return {key: np.hstack([there[key][:, :-1], back[key][:, -2::-1], there[key][:, -1:]]).ravel() for key in 'xy'}
+
 @lru_cache
 def error_region(problem, label):
     "How far the label is ahead of the other class, over the plane and a margin around it."
@@ -114,22 +120,21 @@ def plane_traces(
     _, points, labels = toy(problem)
     points, own = points[::2].flatten(1).numpy(), (labels[::2] == w.label).numpy()        # half of them are enough to see the shape
     way = (w.image + w.path[:steps+1]).flatten(2).numpy()                      # [steps + 1, m, 2]
-    angle, radius = np.linspace(0, 2*np.pi, 61)[:, None], w.path[0].flatten(1).norm(dim=1).numpy()
     x, y = w.image.flatten().tolist()
+    radius = w.path[0].flatten(1).norm(dim=1).numpy()
     stay, found = ~w.right[0].numpy(), w.found(steps).numpy()
     there = lambda which: dict(x=way[-1, which, 0], y=way[-1, which, 1])
     return {
         'error': dict(x=at, y=at, z=z),
-        'own class': dict(x=points[own, 0], y=points[own, 1]),
-        'other class': dict(x=points[~own, 0], y=points[~own, 1]),
-        'circles': dict(x=strands(x + radius * np.cos(angle)), y=strands(y + radius * np.sin(angle))),
-        'ways': dict(x=strands(way[..., 0]), y=strands(way[..., 1])),
-        'drawn': dict(x=way[0, ~stay, 0], y=way[0, ~stay, 1]),
+        'own class': dots(points[own], .01),
+        'other class': dots(points[~own], .012, corners=3),
+        'circles': rings(x, y, radius, .004),
+        'ways': dict(x=strands(way[:, ~stay, 0]), y=strands(way[:, ~stay, 1])),
+        'drawn': dots(way[0, ~stay], .011),
         'stay': there(stay), 'found': there(found), 'still right': there(~stay & ~found),
         'point': dict(x=[x], y=[y]),
-        'stay count': dict(x=[-.56], y=[1.2], text=[f'■ {stay.sum()} wrong from the start']),
-        'found count': dict(x=[-.56], y=[1.11], text=[f'● {found.sum()} moved into an error']),
-        'right count': dict(x=[-.56], y=[1.02], text=[f'● {(~stay & ~found).sum()} still right']),
+        'counts': {'x': [-.56]*3, 'y': [1.2, 1.11, 1.02], 'text': [
+            f'■ {stay.sum()} wrong from the start', f'● {found.sum()} moved into an error', f'● {(~stay & ~found).sum()} still right']},
     }
 
 def digit_traces(
@@ -149,7 +154,7 @@ def digit_traces(
     return {
         'confidence, wrong from the start': many(stay),
         'confidence': many(~stay),
-        'confidence where wrong': dict(x=first_wrong[found], y=w.confidence.numpy()[first_wrong[found], found]),
+        'confidence where wrong': dots(np.stack([first_wrong[found], w.confidence.numpy()[first_wrong[found], found]], 1), .17, aspect=.06),
         'mean confidence': dict(x=at, y=mean),
         'mean now': dict(x=[steps], y=mean[-1:], text=[f'mean {share(mean[-1])} ']),
         **{f'picture {k}': dict(z=v[0].numpy()) for k, v in enumerate(noisy)},
@@ -166,8 +171,7 @@ def gradient_traces(
     return {
         'before': dict(x=tenth + .03, y=frames[0].grad_norm.to_numpy()),
         'after': dict(x=tenth + .07, y=frames[done].grad_norm.to_numpy()),
-        'before label': dict(x=[.02], y=[.04], text=['before']),
-        'after label': dict(x=[.02], y=[.015], text=[f'after {done} step' + 's' * (done != 1)]),
+        'which': dict(x=[.02]*2, y=[.04, .015], text=['before', f'after {done} step' + 's' * (done != 1)]),
     }
 
 # %% ../../nbs/explore/sphere.ipynb #d844c7ba
@@ -178,29 +182,26 @@ REGION = dict(contours=dict(start=0, end=0, size=1), colorscale=[[0, '#dddddd'],
               line=dict(color=GREY, width=1), showscale=False)
 LOOKS = {  # what the traces above show -> kind, panel, look
     'error': ('contour', (1, 1), REGION | THIN),
-    'own class': ('scatter', (1, 1), dict(mode='markers', marker=dict(color='#b5b5b5', size=4)) | THIN),
-    'other class': ('scatter', (1, 1), dict(mode='markers', marker=dict(color='#8a8a8a', symbol='x', size=4)) | THIN),
-    'circles': ('scatter', (1, 1), line('rgba(0,0,0,.13)', 1) | THIN),
+    'own class': ('scatter', (1, 1), SHADE | dict(fillcolor='#b5b5b5')),
+    'other class': ('scatter', (1, 1), SHADE | dict(fillcolor='#8a8a8a')),
+    'circles': ('scatter', (1, 1), SHADE),
     'ways': ('scatter', (1, 1), line('black', 1.5) | THIN),
-    'drawn': ('scatter', (1, 1), dict(mode='markers', marker=dict(color='white', size=6, line=dict(color='black', width=1))) | THIN),
+    'drawn': ('scatter', (1, 1), SHADE | dict(fillcolor='black')),
     'stay': ('scatter', (1, 1), marker(GREY, 'square')),
     'still right': ('scatter', (1, 1), marker(BLUE)),
     'found': ('scatter', (1, 1), marker(ORANGE)),
     'point': ('scatter', (1, 1), marker('black', 'star', 15)),
-    'stay count': ('scatter', (1, 1), text('#666666', 'middle right')),
-    'found count': ('scatter', (1, 1), text(ORANGE, 'middle right')),
-    'right count': ('scatter', (1, 1), text(BLUE, 'middle right')),
+    'counts': ('scatter', (1, 1), text(['#666666', ORANGE, BLUE], 'middle right')),
     'confidence': ('scatter', (1, 4), line('rgba(0,114,178,.4)', 1)),
     'confidence, wrong from the start': ('scatter', (1, 4), line(GREY, 1.5)),
-    'confidence where wrong': ('scatter', (1, 4), marker(ORANGE, size=7)),
+    'confidence where wrong': ('scatter', (1, 4), SHADE | dict(fillcolor=ORANGE)),
     'mean confidence': ('scatter', (1, 4), line('black', 3)),
     'mean now': ('scatter', (1, 4), dict(mode='markers+text', marker=dict(color='black', size=10), textposition='top right', cliponaxis=False)),
     **{f'picture {k}': ('heatmap', (2, 1 + k), dict(zmin=-.6, zmax=1.6, colorscale='gray', showscale=False, hoverinfo='skip')) for k in range(3)},
     **{f'picture {k} title': ('scatter', (2, 1 + k), text('black', 'top center')) for k in range(3)},
     'before': ('box', (2, 4), dict(marker=dict(color=GREY, size=3), line_width=1.5, width=.036)),
     'after': ('box', (2, 4), dict(marker=dict(color=BLUE, size=3), line_width=1.5, width=.036)),
-    'before label': ('scatter', (2, 4), text('#666666', 'middle right')),
-    'after label': ('scatter', (2, 4), text(BLUE, 'middle right')),
+    'which': ('scatter', (2, 4), text(['#666666', BLUE], 'middle right')),
 }
 
 def sphere_layout(
@@ -217,8 +218,8 @@ def sphere_layout(
     fig.update_xaxes(title='steps of the attack', range=[-.5, MOST + 2], dtick=5, row=1, col=4)
     fig.update_yaxes(title='confidence in the true class', range=[-.02, 1.04], dtick=.2, row=1, col=4)
     for col in 1, 2, 3:
-        fig.update_xaxes(visible=False, constrain='domain', row=2, col=col)
-        fig.update_yaxes(visible=False, autorange='reversed', scaleanchor=f'x{col + 2}', constrain='domain', row=2, col=col)
+        fig.update_xaxes(visible=False, fixedrange=True, constrain='domain', row=2, col=col)
+        fig.update_yaxes(visible=False, fixedrange=True, autorange='reversed', scaleanchor=f'x{col + 2}', constrain='domain', row=2, col=col)
     fig.update_xaxes(title='share p<sub>A</sub> of noisy copies that are right', range=[0, 1], dtick=.1, row=2, col=4)
     fig.update_yaxes(title='gradient norm', type='log', range=[-2.3, 1.6], tickvals=[.01, .1, 1, 10], row=2, col=4)
     return layout(fig, hovermode='closest', height=760, margin=dict(l=65, r=30, t=40, b=55))
