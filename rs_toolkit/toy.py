@@ -146,6 +146,10 @@ def _carried(at, cells, sigma):
     if check_sigma(sigma) < h: raise ValueError(f"noise of sigma={sigma:g} is finer than a cell of the grid, {h:.3g}: take more cells")
     return np.diff(ndtr((edges - np.asarray(at, float)[:, None]) / math.sqrt(sigma**2 - h**2/6)), prepend=0, append=1)
 
+def _with_the_last(p):
+    "Probabilities of all classes but the last, and what they leave to it."
+    return np.clip(np.concatenate([p, 1 - p.sum(0, keepdims=True)]), 0, 1)
+
 def smooth(
     part,         # [k, R, R], of `shares`
     cells,        # [R], of `centres`, with the same reach
@@ -154,7 +158,7 @@ def smooth(
 )->np.ndarray:    # [k, r, c]
     "Probability of each class under noise, on a grid of points."
     rows, columns = (torch.from_numpy(_carried(at, cells, sigma)) for at in (y, x))
-    return (rows @ torch.from_numpy(part) @ columns.T).numpy()
+    return _with_the_last((rows @ torch.from_numpy(part[:-1]) @ columns.T).numpy())
 
 def smooth_at(
     part,         # [k, R, R], of `shares`
@@ -165,7 +169,7 @@ def smooth_at(
     "Probability of each class under noise, at single points."
     x, y = np.asarray(points, float).T
     rows, columns = (torch.from_numpy(_carried(at, cells, sigma)) for at in (y, x))
-    return ((rows @ torch.from_numpy(part)) * columns).sum(-1).T.clamp(0, 1).numpy()
+    return _with_the_last(((rows @ torch.from_numpy(part[:-1])) * columns).sum(-1).numpy()).T
 
 def smoothed_grid(
     model,           # images [b, 2, 1, 1] -> logits [b, k]

@@ -51,7 +51,7 @@ def check(e, **moved):
     else: assert 'all 24 noises are wrong from the start' in words
     first = right_before.int().argmax()
     for k, image in enumerate([load('digits', 'test')[0][s['image']], before[first], after[first]]):
-        np.testing.assert_allclose(t[f'picture {k}'].z, image[0], atol=1e-5)
+        np.testing.assert_allclose(t['pictures'].z[:, 9*k:9*k + 8], image[0], atol=1e-5)
     np.testing.assert_allclose([t['mean confidence'].y[0], t['mean confidence'].y[-1]], [p_before.mean(), p_after.mean()], atol=1e-5)
     last = [*ends(t['confidence'], right_before.sum()), *ends(t['confidence, wrong from the start'], (~right_before).sum())]
     np.testing.assert_allclose(sorted(last), p_after.sort().values, atol=1e-5)

@@ -41,6 +41,8 @@ class Scene:
 
     @cached_property
     def line(self): return boundary(self.logits, 1)          # of the base classifier
+    @cached_property
+    def spots(self): return [dots(self.images[self.labels == label].flatten(1).numpy(), .007) for label in range(2)]
 
 SCENES = {}
 
@@ -131,8 +133,9 @@ def in_words(s:Landscape)->str:
 # %% ../../nbs/explore/landscape.ipynb #4ecea043
 def landscape_traces(s:Landscape)->dict:
     "Everything that is drawn, by the name of its trace."
-    (copies, votes), balls, c = s.copies, s.balls[::9], s.certificate
-    beyond, points = len(s.scene.part[0]) - len(SQUARE) >> 1, s.scene.images.flatten(1).numpy()
+    (copies, votes), c = s.copies, s.certificate
+    at, label, answer, radius = (s.balls[columns].to_numpy()[::9] for columns in [['x', 'y'], 'label', 'predict', 'radius'])
+    beyond = len(s.scene.part[0]) - len(SQUARE) >> 1
     def cells(share): return dict(x=centres(len(share)), y=centres(len(share)), z=share.round(3))
     def xy(points): return dict(zip('xy', np.array(points, float).reshape(-1, 2).T.copy()))
     traces = {
@@ -140,11 +143,10 @@ def landscape_traces(s:Landscape)->dict:
         'base boundary, left': xy(s.scene.line), 'base boundary': xy(s.scene.line), 'boundary': xy(boundary(s.smoothed, 1)),
         'ball, left': circles(*s.point, c.radius), 'ball': circles(*s.point, c.radius), 'ball if known': circles(*s.point, s.theorem),
         'adversary': xy([s.point, s.adversary[1]] if s.adversary[1] else []), 'way out': xy([s.point, s.way_out[1]] if s.way_out[1] else []),
-        'point, left': xy(s.point), 'point': xy(s.point), 'abstained': xy(balls[balls.predict == ABSTAIN][['x', 'y']])}
-    for label, name in enumerate(NAMES):
-        mine = balls[balls.predict == label]
-        traces |= {f'{name} training': dots(points[s.scene.labels == label], .007), f'{name} copies': dots(copies[votes == label], .005),
-                   f'{name} centres': xy(balls[balls.label == label][['x', 'y']]), f'{name} balls': circles(mine.x, mine.y, mine.radius)}
+        'point, left': xy(s.point), 'point': xy(s.point), 'abstained': xy(at[answer == ABSTAIN])}
+    for i, name in enumerate(NAMES):
+        traces |= {f'{name} training': s.scene.spots[i], f'{name} copies': dots(copies[votes == i], .005),
+                   f'{name} centres': xy(at[label == i]), f'{name} balls': circles(*at[answer == i].T, radius[answer == i])}
     return traces
 
 # %% ../../nbs/explore/landscape.ipynb #0f16a599

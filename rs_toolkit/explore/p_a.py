@@ -174,7 +174,7 @@ def curves(o, base, radii, cdf)->dict:
 
 def p_a_traces(page:Page)->tuple:
     "(What each line of the picture shows, by name; the ranges of the axes.)"
-    t = {name: dict(x=[], y=[]) for name in LOOKS}
+    t = {}
     if not page.runs: return t, {}
     outcomes, base = page.outcomes, page.outcomes[page.baseline]
     reach = np.ceil(10.2 * max(.1, *(o.credited.max() for o in outcomes.values()))) / 10
@@ -211,7 +211,8 @@ def p_a_figure(
     traces, axes = p_a_traces(page or opening_page())
     fig = make_subplots(2, 2, horizontal_spacing=.2, vertical_spacing=.17, subplot_titles=[
         'How easy the images are', 'The same, less that of the baseline', 'Which images ACR is made of', 'How far they are certified'])
-    for name, (row, col, look) in LOOKS.items():
+    for name in filter(traces.get, LOOKS):
+        row, col, look = LOOKS[name]
         fig.add_scatter(row=row, col=col, name=name, **look)
         for key, value in traces[name].items(): fig.data[-1][key] = value
     for axis, where in [('share p<sub>A</sub> of the votes for the true class', dict()), ('certified ℓ<sub>2</sub> radius (pixel units)', dict(row=2, col=2))]:
@@ -265,6 +266,8 @@ class PAExplorer(Explorer):
         for name, value in dict(runs=(*kept, *(name for name in own if name in runs and name not in kept)), baseline=baseline).items():
             self.controls[name].options = list(runs)
             self.controls[name].value = value
+
+    def look(self, name): return LOOKS[name]
 
     def update(self, change=None):
         if not self.filling: super().update(change)

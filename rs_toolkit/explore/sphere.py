@@ -157,8 +157,8 @@ def digit_traces(
         'confidence where wrong': dots(np.stack([first_wrong[found], w.confidence.numpy()[first_wrong[found], found]], 1), .17, aspect=.06),
         'mean confidence': dict(x=at, y=mean),
         'mean now': dict(x=[steps], y=mean[-1:], text=[f'mean {share(mean[-1])} ']),
-        **{f'picture {k}': dict(z=v[0].numpy()) for k, v in enumerate(noisy)},
-        **{f'picture {k} title': dict(x=[3.5], y=[-.8], text=[title]) for k, title in enumerate(titles)},
+        'pictures': dict(z=np.hstack([np.pad(v[0].numpy(), [(0, 0), (0, 1)], constant_values=np.nan) for v in noisy])),
+        'titles': dict(x=[3.5, 12.5, 21.5], y=[-.8]*3, text=titles),
     }
 
 def gradient_traces(
@@ -192,36 +192,33 @@ LOOKS = {  # what the traces above show -> kind, panel, look
     'found': ('scatter', (1, 1), marker(ORANGE)),
     'point': ('scatter', (1, 1), marker('black', 'star', 15)),
     'counts': ('scatter', (1, 1), text(['#666666', ORANGE, BLUE], 'middle right')),
-    'confidence': ('scatter', (1, 4), line('rgba(0,114,178,.4)', 1)),
-    'confidence, wrong from the start': ('scatter', (1, 4), line(GREY, 1.5)),
-    'confidence where wrong': ('scatter', (1, 4), SHADE | dict(fillcolor=ORANGE)),
-    'mean confidence': ('scatter', (1, 4), line('black', 3)),
-    'mean now': ('scatter', (1, 4), dict(mode='markers+text', marker=dict(color='black', size=10), textposition='top right', cliponaxis=False)),
-    **{f'picture {k}': ('heatmap', (2, 1 + k), dict(zmin=-.6, zmax=1.6, colorscale='gray', showscale=False, hoverinfo='skip')) for k in range(3)},
-    **{f'picture {k} title': ('scatter', (2, 1 + k), text('black', 'top center')) for k in range(3)},
-    'before': ('box', (2, 4), dict(marker=dict(color=GREY, size=3), line_width=1.5, width=.036)),
-    'after': ('box', (2, 4), dict(marker=dict(color=BLUE, size=3), line_width=1.5, width=.036)),
-    'which': ('scatter', (2, 4), text(['#666666', BLUE], 'middle right')),
+    'confidence': ('scatter', (1, 2), line('rgba(0,114,178,.4)', 1)),
+    'confidence, wrong from the start': ('scatter', (1, 2), line(GREY, 1.5)),
+    'confidence where wrong': ('scatter', (1, 2), SHADE | dict(fillcolor=ORANGE)),
+    'mean confidence': ('scatter', (1, 2), line('black', 3)),
+    'mean now': ('scatter', (1, 2), dict(mode='markers+text', marker=dict(color='black', size=10), textposition='top right', cliponaxis=False)),
+    'pictures': ('heatmap', (2, 1), dict(zmin=-.6, zmax=1.6, colorscale='gray', showscale=False, hoverinfo='skip')),
+    'titles': ('scatter', (2, 1), text('black', 'top center')),
+    'before': ('box', (2, 2), dict(marker=dict(color=GREY, size=3), line_width=1.5, width=.036)),
+    'after': ('box', (2, 2), dict(marker=dict(color=BLUE, size=3), line_width=1.5, width=.036)),
+    'which': ('scatter', (2, 2), text(['#666666', BLUE], 'middle right')),
 }
 
 def sphere_layout(
     traces:dict,   # name -> x, y, z, text
 )->go.Figure:
     "The four panels."
-    right = [dict(colspan=3, l=.07), None, None]
-    fig = make_subplots(2, 6, horizontal_spacing=.02, vertical_spacing=.15, row_heights=[.6, .4],
-                        specs=[[dict(colspan=3), None, None, *right], [{}, {}, {}, *right]], subplot_titles=[
-        'Each noise moves on its circle until it is wrong', 'A digit: the network loses its confidence', *['']*3, 'Easy images pull at the weights again'])
+    fig = make_subplots(2, 2, horizontal_spacing=.1, vertical_spacing=.15, row_heights=[.6, .4], subplot_titles=[
+        'Each noise moves on its circle until it is wrong', 'A digit: the network loses its confidence', '', 'Easy images pull at the weights again'])
     for name, (kind, (row, col), look) in LOOKS.items(): fig.add_trace(dict(type=kind, name=name) | look | traces[name], row, col)
     fig.update_xaxes(title='first pixel', range=[-.58, 1.58], dtick=.5, constrain='domain', row=1, col=1)
     fig.update_yaxes(title='second pixel', range=[-.27, 1.27], dtick=.5, scaleanchor='x', constrain='domain', row=1, col=1)
-    fig.update_xaxes(title='steps of the attack', range=[-.5, MOST + 2], dtick=5, row=1, col=4)
-    fig.update_yaxes(title='confidence in the true class', range=[-.02, 1.04], dtick=.2, row=1, col=4)
-    for col in 1, 2, 3:
-        fig.update_xaxes(visible=False, fixedrange=True, constrain='domain', row=2, col=col)
-        fig.update_yaxes(visible=False, fixedrange=True, autorange='reversed', scaleanchor=f'x{col + 2}', constrain='domain', row=2, col=col)
-    fig.update_xaxes(title='share p<sub>A</sub> of noisy copies that are right', range=[0, 1], dtick=.1, row=2, col=4)
-    fig.update_yaxes(title='gradient norm', type='log', range=[-2.3, 1.6], tickvals=[.01, .1, 1, 10], row=2, col=4)
+    fig.update_xaxes(title='steps of the attack', range=[-.5, MOST + 2], dtick=5, row=1, col=2)
+    fig.update_yaxes(title='confidence in the true class', range=[-.02, 1.04], dtick=.2, row=1, col=2)
+    fig.update_xaxes(visible=False, fixedrange=True, range=[-.5, 25.5], constrain='domain', row=2, col=1)
+    fig.update_yaxes(visible=False, fixedrange=True, range=[7.5, -3], scaleanchor='x3', constrain='domain', row=2, col=1)
+    fig.update_xaxes(title='share p<sub>A</sub> of noisy copies that are right', range=[0, 1], dtick=.1, row=2, col=2)
+    fig.update_yaxes(title='gradient norm', type='log', range=[-2.3, 1.6], tickvals=[.01, .1, 1, 10], row=2, col=2)
     return layout(fig, hovermode='closest', height=760, margin=dict(l=65, r=30, t=40, b=55))
 
 # %% ../../nbs/explore/sphere.ipynb #d17ae955
