@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'TOY_METHODS', 'two_moons', 'spirals', 'half_space_model', 'half_space', 'toy_net', 'train_toy', 'centres',
            'grid', 'logits_grid', 'lead', 'shares', 'smooth', 'smooth_at', 'smoothed_grid', 'drawn_votes',
-           'certified_balls', 'boundary', 'nearest_adversary']
+           'certified_balls', 'boundary', 'region', 'nearest_adversary']
 
 # %% ../nbs/17_toy.ipynb #5a80a3df
 import math
@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from contourpy import LineType, contour_generator
+from contourpy import FillType, LineType, contour_generator
 from scipy.special import bdtr, bdtrik, ndtr
 from torch import nn
 
@@ -218,6 +218,15 @@ def boundary(
     at = centres(len(scores[0]))
     [lines], *_ = contour_generator(at, at, lead(scores)[label], line_type=LineType.ChunkCombinedNan).lines(0)
     return np.empty((0, 2)) if lines is None else lines
+
+def region(
+    ahead,        # [r, r], such as one class of `lead`
+    at,           # [r], middles of the cells
+)->np.ndarray:    # [s, 2], x and y of the rims; a row of nan after each
+    "Where a class is behind, to be filled."
+    [points], [offsets] = contour_generator(at, at, ahead, fill_type=FillType.ChunkCombinedOffset).filled(-np.inf, 0)
+    rims = [] if points is None else np.split(points, offsets[1:-1])
+    return np.concatenate([np.empty((0, 2)), *(np.pad(rim, [(0, 1), (0, 0)], constant_values=np.nan) for rim in rims)])
 
 def nearest_adversary(
     scores,     # [k, r, r] in the cells of the square: logits, or probabilities of the smoothed classifier

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'BUDGETS', 'LOOKS', 'shipped_runs', 'open_run', 'open_pair', 'certified', 'Pair', 'in_words', 'steps_of',
-           'acr_traces', 'acr_layout', 'opening_pair', 'acr_figure', 'ACRExplorer']
+           'curves', 'acr_traces', 'acr_layout', 'opening_pair', 'acr_figure', 'ACRExplorer']
 
 # %% ../../nbs/explore/acr.ipynb #88e04747
 import json
@@ -19,7 +19,7 @@ from plotly.subplots import make_subplots
 
 from ..acr import accuracy_without_hardest, acr_by_decile, acr_without_hardest, all_or_nothing, constant
 from ..bounds import constant_acr, max_radius, trivial_budget
-from ..distribution import outcome
+from ..distribution import Outcome, outcome
 from .core import GREEN, GREY, ORANGE, ZONE, Explorer, line, text
 from .radius import large
 from ..log import read_log
@@ -95,24 +95,31 @@ BUDGETS = np.geomspace(10, 1e25, 120)
 
 def steps_of(o): return np.unique(np.r_[0, np.maximum(o.credited, 0)])       # where its certified accuracy falls
 
+@lru_cache(100)
+def curves(
+    o:Outcome,  # of one run
+)->dict:
+    "Its lines, by the panel: what does not depend on the share that is given up."
+    shares, tenths, radii = np.linspace(0, 1, 101), acr_by_decile(o), steps_of(o)
+    return {
+        'tenths': {'x': np.r_[0, np.repeat(np.arange(1, 10), 2), 10] / 10, 'y': np.repeat(tenths, 2)},
+        'kept': {'x': shares, 'y': acr_without_hardest(o, shares) / o.acr if o.acr else shares * 0},
+        'right': {'x': shares, 'y': np.array([accuracy_without_hardest(o, s, 0.) for s in shares])},
+        'curve': {'x': np.r_[radii, radii[-1]], 'y': np.r_[o.accuracy(radii), 0]}}
+
 def acr_traces(p:Pair)->dict:
     "What each line of the picture shows, by name."
-    c, shares, traces = p.constant, np.linspace(0, 1, 101), {}
+    c, traces = p.constant, {}
     short = [name.partition(' (')[0] for name in p.names]
     if short[0] == short[1]: short = [f'{short[0]}, first', f'{short[1]}, second']
     high = sorted([0, 1], key=lambda i: p.outcomes[i].acr)[-1]
     for i, (which, o) in enumerate(zip('AB', p.outcomes)):
         colour = colours(p.names)[p.names[i]]
         look, pen = {'line.color': colour, 'line.dash': ['solid', '7px,4px'][i]}, {'textfont.color': colour}
-        tenths, end = acr_by_decile(o), max(o.credited.max(), 0)
-        traces |= {
+        traces |= {f'{name} {which}': line | look for name, line in curves(o).items()} | {
             f'level {which}': {'x': BUDGETS[[0, -1]], 'y': [o.acr]*2} | look,
             f'level name {which}': {'x': BUDGETS[:1], 'y': [o.acr], 'text': [f' {short[i]} {o.acr:.3f}'],
                                     'textposition': 'top right' if i == high else 'bottom right'} | pen,
-            f'tenths {which}': {'x': np.r_[0, np.repeat(np.arange(1, 10), 2), 10] / 10, 'y': np.repeat(tenths, 2)} | look,
-            f'kept {which}': {'x': shares, 'y': acr_without_hardest(o, shares) / o.acr if o.acr else shares * 0} | look,
-            f'right {which}': {'x': shares, 'y': np.array([accuracy_without_hardest(o, s, 0.) for s in shares])} | look,
-            f'curve {which}': {'x': np.r_[steps_of(o), end], 'y': np.r_[o.accuracy(steps_of(o)), 0]} | look,
         }
     (a, b), share = p.outcomes, p.dropped
     kept, right = acr_without_hardest(a, share) / a.acr if a.acr else 0., accuracy_without_hardest(a, share, 0.)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'EPOCHS', 'SIGMAS', 'REACH', 'SQUARE', 'SCENES', 'NAMES', 'TINTS', 'INK', 'DARK', 'FIELDS', 'LOOKS', 'Scene',
-           'scene', 'Landscape', 'named_class', 'in_words', 'landscape_traces', 'landscape_notes', 'landscape_figure',
-           'LandscapeExplorer']
+           'scene', 'Landscape', 'remembered', 'named_class', 'in_words', 'landscape_traces', 'landscape_notes',
+           'landscape_figure', 'LandscapeExplorer']
 
 # %% ../../nbs/explore/landscape.ipynb #16ecc242
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import ipywidgets as W
@@ -105,6 +105,11 @@ class Landscape:
         points = self.scene.images.flatten(1).numpy()
         balls = certified_balls(self.chances(points), self.sigma, self.n, self.alpha).assign(x=points[:, 0], y=points[:, 1], label=self.scene.labels.numpy())
         return balls.assign(correct=(balls.predict == balls.label).astype(int))
+
+@lru_cache(100)
+def remembered(s:Landscape):
+    "The same, with what was found out about it: sliders go back and forth."
+    return s
 
 # %% ../../nbs/explore/landscape.ipynb #dcbbb49c
 NAMES, TINTS = ['blue', 'orange'], ['#8ec3e0', '#f4bd93']
@@ -213,7 +218,7 @@ class LandscapeExplorer(Explorer):
         for trace in self.fig.data[:2]: trace.on_click(self.go_to)
 
     @property
-    def landscape(self): return Landscape(**self.values | dict(n=round(self.values['n'])) | dict(zip(['problem', 'method'], self.shown)))
+    def landscape(self): return remembered(Landscape(**self.values | dict(n=round(self.values['n'])) | dict(zip(['problem', 'method'], self.shown))))
 
     def picture(self):
         s = self.landscape

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'NAMES', 'SHIPPED', 'MOST', 'OPENING', 'EASY', 'SHARES', '
 
 # %% ../../nbs/explore/p_a.ipynb #7fb569ce
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from html import escape
 from pathlib import Path
 
@@ -74,6 +74,7 @@ class Run:
     def cast(self): return votes_of_log(self.log)
     @cached_property
     def drawn(self): return int(setting(self.log, 'n'))
+    @lru_cache(1000)
     def outcome(self, n, alpha): return outcome(self.log, n, alpha, votes_of_log(self.log, n, self.cast))
 
 def runs_of(
