@@ -52,10 +52,11 @@ LOADED = '''() => {
     return !loading && plots.length && plots.every(p => p.querySelector('.main-svg'));
 }'''
 
+DRAWN = "() => JSON.stringify([...document.querySelectorAll('.js-plotly-plot')].map(p => p.data.map(t => [t.name, t.x, t.y, t.z])))"
+
 # clocks the first and the last redraw after a key press, and tells whether the plotted data differ from those before it
 WATCH = '''() => {
-    const plots = [...document.querySelectorAll('.js-plotly-plot')];
-    const data = () => JSON.stringify(plots.map(p => p.data.map(t => [t.x, t.y, t.z])));
+    const plots = [...document.querySelectorAll('.js-plotly-plot')], data = ''' + DRAWN + ''';
     const watch = window.watch = {before: data(), pressed: null, first: null, drawn: null};
     watch.settled = () => watch.drawn && performance.now() - watch.drawn > 150 && data() !== watch.before;
     document.addEventListener('keydown', () => { watch.pressed = performance.now(); }, {capture: true, once: true});
@@ -149,7 +150,7 @@ def check(page):
     assert not complaints, '\n'.join(complaints)
 
 def wait(page, condition, what, seconds):
-    "Wait for a condition in the page; if it does not come, say why."
+    "Wait for a condition in the page; if it does not come, say why. To ask at every frame would make the page paint at every frame."
     try: page.wait_for_function(condition, timeout=1000 * seconds, polling=100)
     except Late: check(page); raise AssertionError(f'{what} within {seconds} s') from None
 
@@ -164,6 +165,13 @@ def run(page, seconds=300):
     page.evaluate(RUN)
     wait(page, '() => window.done', 'the cells did not finish', seconds)
     check(page)
+    loaded(page)
+
+def reload(page):
+    "Save the notebook, load its page again, and wait until the widgets are back from the kernel."
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    page.reload(wait_until='commit')
+    page.wait_for_function(READY, timeout=90_000)
     loaded(page)
 
 def press(page, slider, key, seconds=10):

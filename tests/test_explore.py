@@ -70,6 +70,22 @@ def test_is_a_page_of_its_own(pages, browser, path):
         assert 'explorer.view' not in page.inner_text('body')
         lab.press(page, 0, 'ArrowLeft', 30)
 
+def notebook(path, *cells):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name='python3', display_name='python3'))), path)
+
+def test_a_page_that_is_loaded_again_shows_what_it_showed(tmp_path_factory, browser, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    root = tmp_path_factory.mktemp('again')
+    notebook(root/'again.ipynb', f'import os; os.chdir({str(ROOT)!r})\nfrom rs_toolkit.explore.p_a import PAExplorer\nPAExplorer().view')
+    with lab.lab(root) as server, server.notebook(browser, 'again.ipynb') as page:
+        lab.run(page)
+        lab.press(page, 0, 'ArrowRight')                             # more samples than there are votes: lines that were not there before
+        before = page.evaluate(lab.DRAWN)
+        lab.reload(page)
+        same = page.evaluate(lab.DRAWN) == before
+        assert same, 'the figure does not show the lines that it showed before'
+        lab.press(page, 0, 'ArrowLeft')
+
 BROKEN = {
     'cell': ('1/0', 'ZeroDivisionError'),
     'callback': ('slider.observe(lambda _: 1/0, "value")', 'ZeroDivisionError'),
@@ -83,8 +99,7 @@ def test_the_browser_test_can_fail(tmp_path_factory, browser, fault):
     root = tmp_path_factory.mktemp('broken')
     shown = ('import ipywidgets as W, plotly.graph_objects as go\nslider, words = W.IntSlider(), W.HTML()\n'
              'view = W.VBox([slider, words, go.FigureWidget(go.Figure(go.Scatter(y=[1, 2])))])')
-    cells = [nbformat.v4.new_code_cell(c) for c in [shown, source, 'view']]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3'))), root/'broken.ipynb')
+    notebook(root/'broken.ipynb', shown, source, 'view')
     with lab.lab(root) as server, server.notebook(browser, 'broken.ipynb') as page, pytest.raises(AssertionError, match=message):
         lab.run(page)
         lab.press(page, 0, 'ArrowRight', seconds=3)

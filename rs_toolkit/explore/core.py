@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'EMPTY', 'line', 'dashed', 'text', 'named', 'dot',
-           'drop', 'circles', 'dots', 'middles', 'same', 'Explorer', 'Worker']
+           'drop', 'circles', 'dots', 'middles', 'same', 'Figure', 'Explorer', 'Worker']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
 import threading
@@ -67,6 +67,12 @@ def same(a, b):
 
 EMPTY = {'x': [], 'y': [], 'visible': False}
 
+class Figure(go.FigureWidget):
+    "A page that is loaded again asks for the state. Plotly keeps the one of its last display, which inside a box is the first."
+    def get_state(self, key=None, drop_defaults=False):
+        if key is None and self._view_count: self._repr_mimebundle_()
+        return super().get_state(key, drop_defaults)
+
 class Explorer:
     "Controls, words and one figure. A subclass makes them, and says in `picture` what they show."
     def __init__(self,
@@ -75,10 +81,10 @@ class Explorer:
         columns=3,         # of controls
         below=(),          # more widgets between the controls and the words, such as a row of buttons
     ):
-        self.controls, self.words, self.fig = controls, W.HTML(), go.FigureWidget(figure)
+        self.controls, self.words, self.fig = controls, W.HTML(), Figure(figure)
         self.names = [trace.name for trace in self.fig.data]
         self.fig._config = dict(responsive=True, displaylogo=False)
-        self.fig.observe(self.appear, '_view_count')
+        self.fig.observe(self.fill_width, '_view_count')
         for control in controls.values(): control.layout.width = 'auto'; control.observe(self.update, 'value')
         rows = W.GridBox([*controls.values()], layout=W.Layout(grid_template_columns=f'repeat({columns}, 1fr)'))
         self.view = W.VBox([rows, *below, self.words, self.fig])
@@ -108,10 +114,9 @@ class Explorer:
         self.draw(traces, layout)
         self.say(words)
 
-    def appear(self, _=None):
-        "Called when the figure comes to a page: it fills the width, and takes nothing for known there."
+    def fill_width(self, _=None):
+        "Called when the figure comes to a page."
         self.fig.update_layout(autosize=True)
-        self.drawn, self.placed = dict.fromkeys(self.names, {}), {}
 
     def draw(self, traces, layout):
         "Send what has changed, in one message: `batch_update` leaves gaps, and plotly 7 takes those for removals. Traces that are not spoken of are emptied."
