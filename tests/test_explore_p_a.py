@@ -14,11 +14,11 @@ from rs_toolkit.explore.p_a import PAExplorer
 from rs_toolkit.metrics import recertify
 
 ROOT = Path(__file__).resolve().parents[1]
-EPOCHS, FIRST = 'digits, σ = .5, equal epochs', ('gaussian m=4', 'smoothadv', 'catrs', 'acr')
-FOLDERS = {'gaussian m=1': 'digits-methods/equal_epochs/gaussian', 'gaussian m=4': 'digits-methods/equal_epochs/gaussian4', 'my digits-gaussian': 'digits-gaussian',
-           **{name: f'digits-methods/equal_epochs/{name}' for name in ['smoothadv', 'catrs', 'acr']}}
-CIFAR = {'gaussian': 'cifar10-gaussian', 'crt': 'cifar10-crt'}
-COLOURS = {'gaussian m=4': '#000000', 'gaussian m=1': '#555555', 'smoothadv': '#C98500', 'catrs': '#882255', 'acr': '#0072B2', 'gaussian': '#555555', 'crt': '#D55E00'}
+EPOCHS, FIRST = 'digits, σ = .5, equal epochs', ('Gaussian m=4', 'SmoothAdv', 'CAT-RS', 'ACR paper')
+FOLDERS = {'Gaussian m=1': 'digits-methods/equal_epochs/gaussian', 'Gaussian m=4': 'digits-methods/equal_epochs/gaussian4', 'my digits-gaussian': 'digits-gaussian',
+           'SmoothAdv': 'digits-methods/equal_epochs/smoothadv', 'CAT-RS': 'digits-methods/equal_epochs/catrs', 'ACR paper': 'digits-methods/equal_epochs/acr'}
+CIFAR = {'Gaussian': 'cifar10-gaussian', 'CRT': 'cifar10-crt'}
+COLOURS = {'Gaussian m=4': '#555555', 'Gaussian m=1': '#000000', 'SmoothAdv': '#C98500', 'CAT-RS': '#882255', 'ACR paper': '#0072B2', 'Gaussian': '#555555', 'CRT': '#D55E00'}
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch): monkeypatch.chdir(ROOT/'nbs/explore')
@@ -70,9 +70,9 @@ def check(e, n=10_000, alpha=.001, names=FIRST, folders=FOLDERS, cdf=False):
     assert ('Projected, not certified' in e.words.value) == projected and f'{len(common)} images, N = {n:,}, α = {alpha:.2g}' in e.words.value
     assert 'role="status"' in e.words.value and 'alert' not in e.words.value
 
-MOVES = dict(n=100_000, alpha=1e-6, runs=('gaussian m=1', 'acr'), data='CIFAR-10 (JPEG copy), σ = .25', baseline='acr', own='data/digits-gaussian', curve='distribution')
-THEN = dict(n=dict(n=100_000), alpha=dict(alpha=1e-6), runs=dict(names=('gaussian m=4', 'gaussian m=1', 'acr')), data=dict(names=('gaussian', 'crt'), folders=CIFAR),
-            baseline=dict(names=('acr', 'gaussian m=4', 'smoothadv', 'catrs')), own=dict(names=(*FIRST, 'my digits-gaussian')), curve=dict(cdf=True))
+MOVES = dict(n=100_000, alpha=1e-6, runs=('Gaussian m=1', 'ACR paper'), data='CIFAR-10 (JPEG copy), σ = .25', baseline='ACR paper', own='data/digits-gaussian', curve='distribution')
+THEN = dict(n=dict(n=100_000), alpha=dict(alpha=1e-6), runs=dict(names=('Gaussian m=4', 'Gaussian m=1', 'ACR paper')), data=dict(names=('Gaussian', 'CRT'), folders=CIFAR),
+            baseline=dict(names=('ACR paper', 'Gaussian m=4', 'SmoothAdv', 'CAT-RS')), own=dict(names=(*FIRST, 'my digits-gaussian')), curve=dict(cdf=True))
 
 @pytest.mark.parametrize('control', MOVES)
 def test_every_control_moves_the_picture(control):
@@ -88,10 +88,10 @@ def test_all_controls_together_and_back():
     e = PAExplorer()
     e.controls['data'].value = MOVES['data']
     for name in ['n', 'alpha', 'curve']: e.controls[name].value = MOVES[name]
-    e.controls['baseline'].value, e.controls['runs'].value = 'crt', ('gaussian',)
-    check(e, n=100_000, alpha=1e-6, cdf=True, names=('crt', 'gaussian'), folders=CIFAR)
+    e.controls['baseline'].value, e.controls['runs'].value = 'CRT', ('Gaussian',)
+    check(e, n=100_000, alpha=1e-6, cdf=True, names=('CRT', 'Gaussian'), folders=CIFAR)
     e.controls['data'].value = EPOCHS
-    for name, value in dict(n=10_000, alpha=.001, curve='survival', baseline='gaussian m=4', runs=FIRST).items(): e.controls[name].value = value
+    for name, value in dict(n=10_000, alpha=.001, curve='survival', baseline='Gaussian m=4', runs=FIRST).items(): e.controls[name].value = value
     check(e)
 
 @pytest.mark.parametrize('n', [100, 1995])
@@ -124,7 +124,7 @@ def test_corners(data, n, alpha):
     "Nothing is nan or escapes its axis, and every run there is a Gaussian to be compared with."
     e = PAExplorer()
     for name, value in dict(data=data, n=n, alpha=alpha).items(): e.controls[name].value = value
-    assert e.controls['baseline'].value.startswith('gaussian') and 'alert' not in e.words.value
+    assert e.controls['baseline'].value.startswith('Gaussian') and 'alert' not in e.words.value
     layout = e.fig.layout
     for name, t in shown(e).items():
         if name[-1].isdigit() and len(t.x):
@@ -140,7 +140,7 @@ def test_line_style_tells_sigma():
     e.controls['data'].value = 'digits, σ = .25 and .5'
     t = shown(e)
     by_name = dict(zip(e.page.runs, range(6)))
-    for method in ['gaussian', 'crt']:
+    for method in ['Gaussian', 'CRT']:
         small, large = [t[f'survival {by_name[f"{method} σ={s}"]}'].line for s in ['.25', '.5']]
         assert small.color == large.color and small.dash == 'solid' and large.dash != 'solid'
     e.controls['n'].value = 50_000
@@ -195,7 +195,7 @@ def test_more_votes_of_ones_own_are_certified_where_others_are_projected(tmp_pat
     e.controls['n'].value = 100_000
     dashes = {name: shown(e)[f'accuracy {i}'].line.dash for i, name in enumerate(e.page.runs)}
     assert {name for name, dash in dashes.items() if dash == 'solid'} == {'my large'}
-    assert 'For gaussian m=4, smoothadv, catrs, acr only 10,000 votes' in e.words.value
+    assert 'For Gaussian m=4, SmoothAdv, CAT-RS, ACR paper only 10,000 votes' in e.words.value
 
 def test_too_many_runs_are_said():
     e = PAExplorer()
