@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_sigma', 'check_alpha', 'check_samples', 'check_number', 'lower_bound', 'votes_of', 'certified_radius',
-           'round_down', 'max_radius', 'sensitivity', 'min_samples', 'two_sided_p', 'trivial_budget', 'constant_acr']
+           'round_down', 'max_radius', 'sensitivity', 'vote_value', 'min_samples', 'fewest_votes', 'two_sided_p',
+           'trivial_budget', 'constant_acr']
 
 # %% ../nbs/00_bounds.ipynb #c5804c13
+from bisect import bisect_left
 from numbers import Real
 
 import numpy as np
@@ -105,6 +107,17 @@ def sensitivity(
     "Change of the certified radius per change of `p_a` (Sun et al., section 4)."
     return (check_sigma(sigma) * np.sqrt(2*np.pi) * np.exp(ndtri(np.asarray(p_a, float))**2 / 2))[()]
 
+# %% ../nbs/00_bounds.ipynb #9dcce141
+def vote_value(
+    k,            # votes, a number or an array
+    n:int,        # samples drawn
+    alpha:float,  # failure probability
+    sigma:float,  # noise level
+)->np.ndarray:    # radius per unit of share; nan where there was no radius to add to
+    "Slope of the certified radius at the last of `k` votes."
+    before, now = [certified_radius(lower_bound(np.maximum(j, 0), n, alpha), sigma) for j in [np.asarray(k) - 1, k]]
+    return np.where(before > 0, n * (now - before), np.nan)[()]
+
 # %% ../nbs/00_bounds.ipynb #56b2dead
 def min_samples(
     alpha:float,  # failure probability
@@ -112,6 +125,13 @@ def min_samples(
 )->int:
     "Smallest `n` with which a unanimous vote does not abstain."
     return int(np.ceil(np.log2(sides / check_alpha(alpha)) * (1 - 1e-12)))
+
+def fewest_votes(
+    n:int,        # samples drawn
+    alpha:float,  # failure probability
+)->int:           # n + 1 where even a unanimous vote proves nothing
+    "Smallest number of votes that does not abstain."
+    return bisect_left(range(n + 1), .5, key=lambda k: lower_bound(k, n, alpha))
 
 def two_sided_p(
     a,          # votes for one class

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from rs_toolkit.bounds import certified_radius, constant_acr, lower_bound, max_radius, sensitivity, trivial_budget
-from rs_toolkit.explore.radius import RadiusExplorer, fewest_votes, vote_value
+from rs_toolkit.bounds import certified_radius, constant_acr, fewest_votes, lower_bound, max_radius, sensitivity, trivial_budget, vote_value
+from rs_toolkit.explore.radius import RadiusExplorer
 
 def shown(explorer): return {trace.name: trace for trace in explorer.fig.data}
 
