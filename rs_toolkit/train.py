@@ -117,6 +117,7 @@ def describe(
 # %% ../nbs/10_train.ipynb #f97de637
 OPTIMIZERS = {'sgd': partial(torch.optim.SGD, momentum=.9), 'adam': torch.optim.Adam}
 
+@torch.enable_grad()     # under a caller's no_grad it would train nothing, without a word
 def fit(
     model, method,       # network to train; what to minimise
     data,                # images [N, C, H, W] in [0, 1], labels [N]

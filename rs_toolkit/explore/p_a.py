@@ -75,7 +75,7 @@ class Run:
     def cast(self): return votes_of_log(self.log)
     @cached_property
     def drawn(self): return int(setting(self.log, 'n'))
-    @lru_cache(1000)
+    @lru_cache(200)
     def outcome(self, n, alpha): return outcome(self.log, n, alpha, votes_of_log(self.log, n, self.cast))
 
 def runs_of(
