@@ -126,7 +126,7 @@ class Explorer:
         pairs = {i: (traces[name], self.drawn[name]) for i, name in enumerate(self.names)}
         keys = {i: found for i, pair in pairs.items() if (found := changed(*pair))}
         def value(now, before, key): return now.get(key, None if key in before else Undefined)          # gone, or never there: an image has no x
-        update = {key: [value(*pairs[i], key) for i in keys] for key in set().union(*keys.values())}
+        update = {key: [value(*pairs[i], key) for i in keys] for key in set().union(*keys.values())}       # of all that changed: with gaps, plotly stumbles over the page's answer
         moved = {key: value for key, value in layout.items() if not same(value, self.placed.get(key))}
         if keys or moved: self.fig.plotly_update(update, moved, trace_indexes=[*keys])
         self.drawn, self.placed = traces, layout
