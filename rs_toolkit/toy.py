@@ -144,7 +144,7 @@ def _carried(at, cells, sigma):
     "Probability that noise carries each of `at` [n] into each of `cells` [R], along one axis."
     edges, h = (cells[1:] + cells[:-1]) / 2, cells[1] - cells[0]
     if check_sigma(sigma) < h: raise ValueError(f"noise of sigma={sigma:g} is finer than a cell of the grid, {h:.3g}: take more cells")
-    return np.diff(ndtr((edges - np.asarray(at, float)[:, None]) / math.sqrt(sigma**2 - h**2/6)), prepend=0, append=1)
+    return torch.from_numpy(np.diff(ndtr((edges - np.asarray(at, float)[:, None]) / math.sqrt(sigma**2 - h**2/6)), prepend=0, append=1))
 
 def _with_the_last(p):
     "Probabilities of all classes but the last, and what they leave to it."
@@ -157,8 +157,7 @@ def smooth(
     x, y,         # [c], [r]; where to look
 )->np.ndarray:    # [k, r, c]
     "Probability of each class under noise, on a grid of points."
-    rows, columns = (torch.from_numpy(_carried(at, cells, sigma)) for at in (y, x))
-    return _with_the_last((rows @ torch.from_numpy(part[:-1]) @ columns.T).numpy())
+    return _with_the_last((_carried(y, cells, sigma) @ torch.from_numpy(part[:-1]) @ _carried(x, cells, sigma).T).numpy())
 
 def smooth_at(
     part,         # [k, R, R], of `shares`
@@ -168,8 +167,7 @@ def smooth_at(
 )->np.ndarray:    # [n, k]
     "Probability of each class under noise, at single points."
     x, y = np.asarray(points, float).T
-    rows, columns = (torch.from_numpy(_carried(at, cells, sigma)) for at in (y, x))
-    return _with_the_last(((rows @ torch.from_numpy(part[:-1])) * columns).sum(-1).numpy()).T
+    return _with_the_last(((_carried(y, cells, sigma) @ torch.from_numpy(part[:-1])) * _carried(x, cells, sigma)).sum(-1).numpy()).T
 
 def smoothed_grid(
     model,           # images [b, 2, 1, 1] -> logits [b, k]

@@ -84,7 +84,7 @@ class Explorer:
         self.controls, self.words, self.fig = controls, W.HTML(), Figure(figure)
         self.names = [trace.name for trace in self.fig.data]
         self.fig._config = dict(responsive=True, displaylogo=False)
-        self.fig.observe(self.fill_width, '_view_count')
+        self.fig.observe(lambda _: self.fig.update_layout(autosize=True), '_view_count')      # once on a page, fill its width
         for control in controls.values(): control.layout.width = 'auto'; control.observe(self.update, 'value')
         rows = W.GridBox([*controls.values()], layout=W.Layout(grid_template_columns=f'repeat({columns}, 1fr)'))
         self.view = W.VBox([rows, *below, self.words, self.fig])
@@ -113,10 +113,6 @@ class Explorer:
             raise
         self.draw(traces, layout)
         self.say(words)
-
-    def fill_width(self, _=None):
-        "Called when the figure comes to a page."
-        self.fig.update_layout(autosize=True)
 
     def draw(self, traces, layout):
         "Send what has changed, in one message: `batch_update` leaves gaps, and plotly 7 takes those for removals. Traces that are not spoken of are emptied."

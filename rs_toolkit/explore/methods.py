@@ -18,7 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .core import GREY, ORANGE, ZONE, Explorer, Worker
+from .core import GREY, ORANGE, SHADE, Explorer, Worker
 from ..plots import DASHES, colours, common_look
 from ..tables import accuracy_at, data_folder, export_table, lines, marks, minus, over_sigma, read_published, read_runs, table_of, write_table
 
@@ -255,7 +255,7 @@ def method_traces(
 
 # %% ../../nbs/explore/methods.ipynb #40705458
 LOOKS = {  # trace -> panel, look
-    'worse': (2, 1, dict(mode='none', fill='toself', fillcolor=ZONE, hoverinfo='skip')),
+    'worse': (2, 1, SHADE),
     'zero': (2, 1, dict(mode='lines', hoverinfo='skip')),
     'line': (1, 1, dict(mode='lines+markers', marker_size=6)),                   # of each method and noise level
     'difference': (2, 1, dict(mode='lines+markers', marker_size=6)),

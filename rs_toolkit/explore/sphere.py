@@ -182,7 +182,7 @@ def marker(color, symbol='circle', size=9): return dict(mode='markers', marker=d
 
 THIN = dict(hoverinfo='skip')
 LOOKS = {  # what the traces above show -> kind, panel, look
-    'error': ('scatter', (1, 1), line(GREY, 1, simplify=False) | dict(fill='toself', fillcolor='#dddddd') | THIN),
+    'error': ('scatter', (1, 1), line(GREY, 1) | dict(fill='toself', fillcolor='#dddddd') | THIN),
     'own class': ('scatter', (1, 1), SHADE | dict(fillcolor='#b5b5b5')),
     'other class': ('scatter', (1, 1), SHADE | dict(fillcolor='#8a8a8a')),
     'circles': ('scatter', (1, 1), SHADE),
