@@ -21,7 +21,8 @@ from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from .bounds import certified_radius, check_alpha, check_samples, check_sigma, lower_bound, min_samples, round_down, two_sided_p
-from .data import check_images, check_labels, fingerprint, unknown
+from .common import unknown
+from .data import check_images, check_labels, fingerprint
 from .log import LogWriter, read_log
 from .models import check_model, device_of, frozen, model_tensors, weights_hash
 from .noise import CHUNK, ESTIMATION, PREDICTION, SELECTION, gaussian_noise, noise_chunk

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from .data import STATISTICS, statistics, unknown
-from .log import write_file
+from .common import unknown, write_file
+from .data import STATISTICS, statistics
 from .models import build
 
 # %% ../nbs/11_checkpoint.ipynb #099c5f01

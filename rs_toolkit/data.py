@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER', 'MAPPING', 'DRAW', 'PREDICTIONS',
-           'CRAFTING', 'COUNTING', 'VISIT', 'unknown', 'project_folder', 'load', 'statistics', 'crop_flip',
-           'resized_crop', 'Stream', 'image_keys', 'batches', 'images_at', 'fingerprint', 'check_images',
-           'check_labels']
+           'CRAFTING', 'COUNTING', 'VISIT', 'load', 'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys',
+           'batches', 'images_at', 'fingerprint', 'check_images', 'check_labels']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +20,10 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from .common import locate, project_folder, unknown
 from .noise import key_seed
 
-# %% ../nbs/02_data.ipynb #21891d1d
-def unknown(
-    kind:str,  # what was asked for: 'data set', 'model' ...
-    name,      # what came
-    known,     # names that exist
-)->ValueError: # to raise
-    "An error that says which names exist and which is nearest."
-    near = get_close_matches(str(name), known, 1, .5)
-    return ValueError(f"unknown {kind} {str(name)!r}" + (f": did you mean {near[0]!r}?" if near else "")
-                      + f" Known: {', '.join(known)}")
-
 # %% ../nbs/02_data.ipynb #2a2e162d
-def project_folder(
-)->Path:  # the nearest folder upwards that holds settings.ini, else the current one
-    "Where `data/` and `runs/` live, from wherever a notebook runs."
-    here = Path.cwd()
-    return next((p for p in [here, *here.parents] if (p/'settings.ini').exists()), here)
-
 TORCHVISION = {'mnist': torchvision.datasets.MNIST, 'fashion_mnist': torchvision.datasets.FashionMNIST,
                'cifar10': torchvision.datasets.CIFAR10, 'cifar100': torchvision.datasets.CIFAR100}
 
@@ -53,7 +35,7 @@ def load(
     "A whole split, in memory but for imagenet."
     if split not in ('train', 'test'): raise unknown('split', split, ['train', 'test'])
     if name == 'digits': return _digits(split)
-    if name.startswith('folder:'): return _folder(Path(name.removeprefix('folder:')).expanduser(), split)
+    if name.startswith('folder:'): return _folder(locate(name.removeprefix('folder:')), split)
     root = Path(root or project_folder()/'data'/'cache').expanduser()
     if name == 'imagenet': return _imagenet(root/name, split)
     if name not in TORCHVISION: raise unknown('data set', name, ['digits', *TORCHVISION, 'folder:PATH', 'imagenet'])

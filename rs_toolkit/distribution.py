@@ -13,17 +13,17 @@ import numpy as np
 import pandas as pd
 
 from .bounds import certified_radius, check_samples, lower_bound, round_down
+from .common import locate
 from .log import read_log
 from .metrics import check_comparable, recertify, setting
 
 # %% ../nbs/14_distribution.ipynb #8f764ad1
 def open_log(
-    path,         # a run folder or a log, from the current folder or any above it
+    path,         # a run folder or a log, wherever `locate` finds it
 )->pd.DataFrame:  # as `read_log` gives it
     "The log of a run."
-    here = Path.cwd()
-    found = next((p for p in [folder/Path(path).expanduser() for folder in [here, *here.parents]] if p.exists()), None)
-    if found is None: raise FileNotFoundError(f"there is no {path}, neither in {here} nor in the folders above it: name a run folder or its certify.tsv")
+    found = locate(path)
+    if not found.exists(): raise FileNotFoundError(f"there is no {path}, neither in {Path.cwd()} nor in the project folder: name a run folder or its certify.tsv")
     return read_log(found/'certify.tsv' if found.is_dir() else found)
 
 # %% ../nbs/14_distribution.ipynb #c3c626ef

@@ -14,7 +14,8 @@ from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 from .bounds import check_samples
-from .data import COUNTING, check_images, image_keys, images_at, unknown
+from .common import unknown
+from .data import COUNTING, check_images, image_keys, images_at
 from .models import device_of, frozen
 from .noise import gaussian_noise, noisy_logits
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from .data import fingerprint, unknown
+from .common import unknown
+from .data import fingerprint
 
 # %% ../nbs/03_models.ipynb #971bfa84
 class Normalize(nn.Module):

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 import rs_toolkit
-from .data import project_folder, unknown
-from .log import write_file
+from .common import project_folder, unknown, write_file
 
 # %% ../nbs/12_run.ipynb #d3a586e9
 def parameters(
@@ -81,7 +80,7 @@ def open_run(
     device=None,   # torch device in use
 )->Path:           # the folder, with config.json in it
     "Begin a run, or go on with one that was begun with the same parameters."
-    folder = Path(out) if out else project_folder()/'runs'/default
+    folder = Path(out).expanduser() if out else project_folder()/'runs'/default
     config = folder/'config.json'
     if config.exists():
         record = json.loads(config.read_text())

@@ -21,7 +21,7 @@ from torch import nn
 from .attacks import smoothed_pgd, sphere_attack
 from .bounds import certified_radius, check_samples, check_sigma, lower_bound, round_down
 from .certify import ABSTAIN
-from .data import unknown
+from .common import unknown
 from .methods.consistency import Consistency
 from .methods.gaussian import Gaussian
 from .methods.macer import MACER

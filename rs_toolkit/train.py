@@ -20,8 +20,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from .bounds import check_samples
-from .data import batches, check_images, check_labels, fingerprint, image_keys, unknown
-from .log import write_file
+from .common import unknown, write_file
+from .data import batches, check_images, check_labels, fingerprint, image_keys
 from .methods.core import share_gradients, total
 from .models import check_model, device_of, frozen, model_tensors
 from .noise import gaussian_noise

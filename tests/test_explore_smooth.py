@@ -9,7 +9,8 @@ import lab
 from rs_toolkit.bounds import certified_radius, lower_bound, max_radius
 from rs_toolkit.certify import certify
 from rs_toolkit.checkpoint import load as load_checkpoint
-from rs_toolkit.data import load, project_folder
+from rs_toolkit.common import package_folder
+from rs_toolkit.data import load
 from rs_toolkit.explore import smooth
 from rs_toolkit.explore.smooth import SmoothExplorer, shipped_runs, trained, watch
 from rs_toolkit.log import read_log
@@ -28,7 +29,7 @@ def check_smooth(e, sigma=.25, image=40, folder='data/digits-gaussian', n=1000, 
     "Every part of the finished picture against `certify`, which counts for itself."
     assert e.worker.wait()
     t, (images, labels) = shown(e), load('digits', 'test')
-    model = load_checkpoint(project_folder()/folder).to('cuda' if torch.cuda.is_available() else 'cpu')
+    model = load_checkpoint(package_folder()/folder).to('cuda' if torch.cuda.is_available() else 'cpu')
     c = certify(model, images[image], sigma, n=n, alpha=alpha, seed=e.seed, idx=image)
     assert t['votes chosen'].x.tolist() == [c.selected]
     votes = dict(zip([*t['votes chosen'].x, *t['votes other'].x], [*t['votes chosen'].y, *t['votes other'].y]))
@@ -59,7 +60,7 @@ def test_every_control_starts_a_run(control):
     check_smooth(e)
     assert e.controls.keys() == MOVES.keys()
     before, value = e.fig.to_json(), MOVES[control]
-    e.controls[control].value = str(project_folder()/value) if control == 'model' else value
+    e.controls[control].value = str(package_folder()/value) if control == 'model' else value
     check_smooth(e, **{'folder' if control == 'model' else control: value})
     assert e.fig.to_json() != before
     assert e.controls['model'].disabled == (control == 'folder')
@@ -88,7 +89,7 @@ def test_controls_clamp():
 @pytest.mark.parametrize('folder', ['data/digits-gaussian', 'data/digits-crt'])
 def test_the_logs_that_ship_are_reproduced(folder):
     "Another program, on another day, wrote these rows."
-    log = read_log(project_folder()/folder/'certify.tsv').set_index('idx')
+    log = read_log(package_folder()/folder/'certify.tsv').set_index('idx')
     run = trained(folder)
     for image in [40, 118, 62]:
         *_, w = watch(*run, image, .25, n=10_000)
@@ -172,7 +173,7 @@ def test_infinite_logits_are_said():
 def run_folder(path, dataset='digits', weights=True):
     path.mkdir()
     (path/'config.json').write_text(json.dumps(dict(parameters=dict(dataset=dataset))))
-    if weights: shutil.copy(project_folder()/'data/digits-crt/model.safetensors', path)
+    if weights: shutil.copy(package_folder()/'data/digits-crt/model.safetensors', path)
     return str(path)
 
 def wrong_folders(tmp_path):

@@ -7,7 +7,8 @@ import torch
 
 from rs_toolkit import checkpoint
 from rs_toolkit.attacks import sphere_attack
-from rs_toolkit.data import CRAFTING, image_keys, load, project_folder
+from rs_toolkit.common import data_folder
+from rs_toolkit.data import CRAFTING, image_keys, load
 from rs_toolkit.explore.core import middles
 from rs_toolkit.explore.sphere import SphereExplorer
 from rs_toolkit.gradients import gradient_norms
@@ -20,7 +21,7 @@ toy = lru_cache(train_toy)
 
 def shown(explorer): return {trace.name: trace for trace in explorer.fig.data}
 
-def digits_model(name): return checkpoint.load(project_folder()/'data/digits-methods/equal_epochs'/name)
+def digits_model(name): return checkpoint.load(data_folder()/'digits-methods/equal_epochs'/name)
 
 def attacked(model, images, labels, at, sigma, eps, steps, norm):
     "24 noises of an image before and after, and the confidence in its label, by the attack itself."
@@ -142,7 +143,7 @@ def test_a_missing_file_is_said_and_survived(monkeypatch, tmp_path):
     e = SphereExplorer()
     before = e.fig.to_json()
     with monkeypatch.context() as patch:
-        patch.setattr('rs_toolkit.explore.sphere.project_folder', lambda: tmp_path)
+        patch.setattr('rs_toolkit.explore.sphere.data_folder', lambda: tmp_path)
         e.controls['model'].value = 'acr'
         assert e.worker.wait() and 'role="alert"' in e.words.value and 'no checkpoint at' in e.words.value
     assert e.fig.to_json() == before

@@ -19,13 +19,14 @@ from plotly.subplots import make_subplots
 
 from ..acr import accuracy_without_hardest, acr_by_decile, acr_without_hardest, all_or_nothing, constant
 from ..bounds import constant_acr, max_radius, trivial_budget
+from ..common import data_folder
 from ..distribution import Outcome, outcome
 from .core import GREEN, GREY, ORANGE, ZONE, Explorer, line, text
 from .radius import large
 from ..log import read_log
 from ..metrics import check_comparable, setting
 from ..plots import colours, common_look
-from ..tables import data_folder, run_name
+from ..tables import run_name
 
 # %% ../../nbs/explore/acr.ipynb #71137287
 GROUPS = {'digits, equal epochs': 'digits-methods/equal_epochs/*', 'digits, equal cost': 'digits-methods/equal_cost/*', 'digits, σ = 0.25': 'digits-[cg]*',

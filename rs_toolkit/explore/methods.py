@@ -18,9 +18,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..common import data_folder
 from .core import GREY, ORANGE, SHADE, Explorer, Worker
 from ..plots import DASHES, colours, common_look
-from ..tables import accuracy_at, data_folder, export_table, lines, marks, minus, over_sigma, read_published, read_runs, table_of, write_table
+from ..tables import accuracy_at, export_table, lines, marks, minus, over_sigma, read_published, read_runs, table_of, write_table
 
 # %% ../../nbs/explore/methods.ipynb #1deda232
 def pick(rows, **values): return rows[np.logical_and.reduce([rows[name].isin(wanted) for name, wanted in values.items()])]

@@ -21,7 +21,8 @@ import torch
 from plotly.subplots import make_subplots
 
 from .. import checkpoint
-from ..data import CRAFTING, image_keys, load, project_folder
+from ..common import data_folder
+from ..data import CRAFTING, image_keys, load
 from .core import BLUE, GREY, ORANGE, SHADE, Explorer, Worker, circles, dots, line, middles, text
 from ..gradients import gradient_table
 from ..noise import gaussian_noise
@@ -52,7 +53,7 @@ def digits(split): return load('digits', split)
 @lru_cache
 def toy(problem): return train_toy(problem), *PROBLEMS[problem]()
 
-def digits_model(name): return checkpoint.load(project_folder()/'data/digits-methods/equal_epochs'/name)
+def digits_model(name): return checkpoint.load(data_folder()/'digits-methods/equal_epochs'/name)
 
 def digit_walk(model, image, eps, norm)->Walk:
     "The noises of a test digit."

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..attacks import budget, clip_norm, climb, gradient, unit
 from ..bounds import check_number, check_samples
-from ..data import PREDICTIONS, VISIT, fingerprint, image_keys, images_at, unknown
-from ..log import write_file
+from ..common import unknown, write_file
+from ..data import PREDICTIONS, VISIT, fingerprint, image_keys, images_at
 from .core import Method, Passes, check_classes
 from ..models import device_of, frozen, weights_hash
 from ..noise import gaussian_noise, key_seed, noisy_cross_entropy, noisy_logits

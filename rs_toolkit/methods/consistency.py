@@ -7,7 +7,7 @@ __all__ = ['FORMS', 'entropy', 'cross', 'Consistency']
 
 # %% ../../nbs/methods/consistency.ipynb #43166f6b
 from ..bounds import check_number
-from ..data import unknown
+from ..common import unknown
 from .core import Method
 from ..noise import noisy_cross_entropy, noisy_logits
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..bounds import check_number, check_samples, check_sigma
-from ..data import DRAW, TRAINING, image_keys, unknown
+from ..common import unknown
+from ..data import DRAW, TRAINING, image_keys
 from ..noise import gaussian_noise, key_seed
 
 # %% ../../nbs/methods/00_core.ipynb #de5fc04b

@@ -8,7 +8,7 @@ __all__ = ['MATCHES', 'NORMS', 'CRT']
 # %% ../../nbs/methods/crt.ipynb #cb703e43
 import torch
 
-from ..data import unknown
+from ..common import unknown
 from .core import Method, Passes, check_classes
 from ..noise import noisy_logits
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.special import ndtri
 
 from ..bounds import check_number, check_samples
-from ..data import MAPPING, unknown
+from ..common import unknown
+from ..data import MAPPING
 from .core import Method, Passes, check_classes, share_gradients, total
 from ..models import frozen
 from ..noise import gaussian_noise, noisy_logits
