@@ -1,9 +1,11 @@
-"""Logs that other hands wrote, and two hands on one log: real files and real processes."""
+"""Logs that other hands wrote, two hands on one log, and the way from runs and logs to a table: real files and real processes."""
 import codecs
 import gzip
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pandas as pd
@@ -14,6 +16,7 @@ from torch import nn
 from rs_toolkit.certify import certify_dataset
 from rs_toolkit.log import COLUMNS, SETUP, LogWriter, read_log
 from rs_toolkit.metrics import average_certified_radius, certified_accuracy
+from rs_toolkit.tables import export_table, marks, read_runs, spread_of, table_of
 
 HEADER = 'idx\tlabel\tpredict\tradius\tcorrect\ttime\n'
 COHEN = HEADER + '0\t3\t3\t0.644\t1\t0:00:03.966459\n20\t8\t-1\t0.0\t0\t0:00:03.540654\n'
@@ -207,3 +210,71 @@ def test_a_plain_function_goes_on_and_another_does_not(tmp_path):
 def test_the_setup_says_what_identifies_a_log(tmp_path):
     assert SETUP[-2:] == ['weights', 'answers'] and COLUMNS[-2:] == ['data', 'answers']
     with pytest.raises(ValueError, match='the setup of a log is'): LogWriter(tmp_path/'log.tsv', {k: v for k, v in SETTING.items() if k != 'answers'})
+
+
+# ---- from runs and logs to a table ----
+
+def run_folder(place, radii, config, sigma=.5):
+    "A run folder whose network is right on image i with radius radii[i]; 0 abstains."
+    place.mkdir(parents=True)
+    write(place/'config.json', json.dumps(config))
+    with LogWriter(place/'certify.tsv', SETTING | dict(n0=100, n=10_000, alpha=.001, sigma=sigma)) as log:
+        for idx, radius in enumerate(radii):
+            log.write(dict(idx=idx, label=1, predict=1 if radius else -1, radius=radius, correct=int(radius > 0), time=1., n_a=9000, n_true=9000, selected=1, data=f'{idx}'))
+    return place
+
+@pytest.fixture
+def mix(tmp_path):
+    "Three seeds of MACER, a run of certify on a CRT network that is gone, and six columns of somebody else."
+    training = dict(dataset='digits', method='macer', sigma=.5, num_noise=16)
+    seeds = [run_folder(tmp_path/f'home/macer-{seed}', radii, dict(parameters=training | dict(seed=seed, out=f'somewhere/{seed}')))
+             for seed, radii in enumerate([[.5, .5, .5, 0, 0], [.5, .5, .5, 1, 0], [.5, 0, 0, 0, 0]])]
+    certified = run_folder(tmp_path/'home/certify-crt', [1.25, 1.25, 0, 0, 0], dict(parameters=dict(checkpoint='gone/crt', sigma=0.), training=dict(method='crt', seed=0, dataset='digits')))
+    theirs = write(tmp_path/'home/theirs.tsv.gz', gzip.compress((HEADER + ''.join(f'{i}\t1\t1\t0.25\tTrue\t0:00:01\n' for i in range(5)) + 'ACR: 0.25\n').encode()))
+    return [*seeds, certified], {theirs: dict(sigma=.5, n0=100, n=10_000, alpha=.001, split='test', method='Theirs')}
+
+@pytest.mark.filterwarnings('ignore:.*goes on after')
+def test_any_mix_stands_in_one_table(mix, tmp_path):
+    rows = read_runs(*mix)
+    table, spread = table_of(rows), spread_of(rows)
+    assert table.loc[.5].round(3).T.to_dict() == {
+        'MACER': {'seeds': 3, 'ACR': .3, 0.: 53.3, .25: 53.3, .5: 53.3, .75: 6.7, 1.: 6.7, 1.25: 0},
+        'CRT': {'seeds': 1, 'ACR': .5, 0.: 40, .25: 40, .5: 40, .75: 40, 1.: 40, 1.25: 40},
+        'Theirs': {'seeds': 1, 'ACR': .25, 0.: 100, .25: 100, .5: 0, .75: 0, 1.: 0, 1.25: 0}}
+    assert spread.loc[(.5, 'MACER'), ['ACR', .5]].tolist() == [.2, 30.6] and spread.drop(index=(.5, 'MACER')).isna().all(axis=None)
+    paths = export_table(table, marks(table, 'MACER'), tmp_path, 'MACER', spread=spread)
+    latex, markdown, plain = (path.read_text() for path in paths)
+    print(latex)
+    assert '± 30.6' in markdown and plain.startswith('sigma,method,seeds,ACR,0.0,')
+
+
+@pytest.mark.filterwarnings('ignore:.*goes on after')
+def test_no_mean_over_different_images_or_settings(mix):
+    (first, *rest), foreign = mix
+    log = pd.read_csv(first/'certify.tsv', sep='\t', dtype=str, keep_default_na=False)
+    for changed, says in [(log[:4], 'images'), (log.assign(n='9999'), 'n 9999'), (log.assign(alpha='0.01'), 'alpha 0.01')]:
+        changed.to_csv(first/'certify.tsv', sep='\t', index=False)
+        with pytest.raises(ValueError, match=says): read_runs([first, *rest])
+    log.to_csv(first/'certify.tsv', sep='\t', index=False)
+    (path, facts), = foreign.items()
+    with pytest.raises(ValueError, match='does not say its sigma'): read_runs([path])
+    with pytest.raises(ValueError, match="unknown fact about a log 'sigm': did you mean 'sigma'"): read_runs([], {path: dict(sigm=.5)})
+
+def test_compare_from_anywhere_in_every_format(mix, tmp_path):
+    runs, foreign = mix
+    elsewhere = tmp_path/'elsewhere'
+    elsewhere.mkdir()
+    home = lambda path: f'~/{path.name}'
+    given = dict(runs=[home(run) for run in runs], foreign={home(path): facts | dict(alpha='1e-3') for path, facts in foreign.items()}, out='~/comparison')
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([Path(sys.executable).parent/'papermill', root/'nbs/compare.ipynb', 'executed.ipynb', '--no-progress-bar', '-y', json.dumps(given)], cwd=elsewhere,
+                          env=os.environ | dict(HOME=str(tmp_path/'home'), PYTHONPATH=str(root)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path/'home/comparison'
+    assert {p.name for p in elsewhere.iterdir()} == {'executed.ipynb'}
+    assert {p.name for p in out.iterdir()} == {'table.csv', 'table.tex', 'table.md', 'certified_accuracy.html', 'p_a.html', 'p_a_difference.html'}
+    table = pd.read_csv(out/'table.csv', index_col='log')
+    assert table.index.tolist() == ['MACER, σ = 0.5, 3 seeds', 'certify-crt', 'theirs'] and table.seeds.tolist() == [3, 1, 1]
+    assert table.loc['MACER, σ = 0.5, 3 seeds', ['ACR', '0.5', '0.5 std']].round(4).tolist() == [.3, .5333, .3055]
+    assert table['0.5 std'].isna().tolist() == [False, True, True]
+    assert r'0.5 & MACER & 3 & 0.300 $\pm$ 0.200' in (out/'table.tex').read_text().replace(r'\underline{0.300}', '0.300') and 'Theirs' in (out/'table.md').read_text()

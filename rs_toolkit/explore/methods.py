@@ -18,10 +18,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..common import data_folder
+from ..common import data_folder, package_folder, project_folder
 from .core import GREY, ORANGE, SHADE, Explorer, Worker
 from ..plots import DASHES, colours, common_look
-from ..tables import accuracy_at, export_table, lines, marks, minus, over_sigma, read_published, read_runs, table_of, write_table
+from ..tables import accuracy_at, export_table, lines, marks, minus, over_sigma, read_published, read_runs, spread_of, table_of, write_table
 
 # %% ../../nbs/explore/methods.ipynb #1deda232
 def pick(rows, **values): return rows[np.logical_and.reduce([rows[name].isin(wanted) for name, wanted in values.items()])]
@@ -54,13 +54,14 @@ MINE = 'runs of my own'
 
 def open_source(
     name:str,      # key of `SOURCES`, or `MINE`
-    pattern='',    # for `MINE`: folders, such as runs/*, from here or from the project folder
+    pattern='',    # for `MINE`: run folders and logs, such as runs/*, from here, from the project folder or from the package
 ):                 # rows as `rs_toolkit.tables` has them, what they are, what their cost is
     "The rows that are compared."
     if name != MINE: return SOURCES[name][0](), *SOURCES[name][1:]
-    folders = [p for p in sorted({*_glob(Path(), pattern), *_glob(data_folder().parent, pattern)}) if (p/'certify.tsv').exists()]
-    if not folders: raise ValueError(f"no run in {pattern!r}: name folders that hold a certify.tsv, such as runs/*")
-    return read_runs(folders), f'{len(folders)} runs of your own.', SECONDS
+    found = sorted({path for place in (Path(), project_folder(), package_folder()) for path in _glob(place, pattern)})
+    runs = [path for path in found if (path/'certify.tsv').exists() or path.is_file() and path.name.endswith(('.tsv', '.tsv.gz', Path(pattern).name))]
+    if not runs: raise ValueError(f"no run in {pattern!r}: name folders that hold a certify.tsv, such as runs/*, or logs")
+    return read_runs(runs), f'{len(runs)} runs of your own; of several seeds, the mean.', SECONDS
 
 def _glob(folder, pattern):
     pattern = Path(pattern).expanduser()
@@ -101,7 +102,9 @@ class Choice:
     @cached_property
     def marks(self): return marks(self.table, self.baseline)
     @cached_property
-    def printed(self): return write_table(self.table, self.marks, 'html', self.baseline)
+    def spread(self): return spread_of(over_sigma(self.chosen) if self.envelope else self.chosen)
+    @cached_property
+    def printed(self): return write_table(self.table, self.marks, 'html', self.baseline, self.spread)
     @cached_property
     def still(self): return still_traces(self)
 
@@ -371,7 +374,7 @@ class MethodsExplorer(Explorer):
         try:
             if not self.folder.value.strip(): raise ValueError("name a folder to write into, such as export")
             folder = Path(self.folder.value.strip()).expanduser().resolve()
-            try: folder.mkdir(parents=True, exist_ok=True); written = export_table(self.choice.table, self.choice.marks, folder, self.choice.baseline)
+            try: folder.mkdir(parents=True, exist_ok=True); written = export_table(self.choice.table, self.choice.marks, folder, self.choice.baseline, spread=self.choice.spread)
             except OSError as error: raise ValueError(f"cannot write into {folder}: {error.strerror}. Name another folder") from error
         except ValueError as error: return self.complain(error)
         def show(path): written.append(path); self.say(f'Written into {folder}: <b>{", ".join(p.name for p in written)}</b>')
