@@ -1,5 +1,6 @@
 """The methods explorer: every control by hand, against the CSV files and logs themselves. Here an exception in a callback comes out of the assignment."""
 import csv
+import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -161,6 +162,33 @@ def test_runs_that_do_not_compare_are_refused():
     assert 'role="alert"' in e.words.value and 'images' in e.words.value
     e.controls['runs'].value = 'data/cifar10-*'
     assert 'role="status"' in e.words.value and set(curves(e)) == {'CRT', 'Gaussian m=1'}
+
+def test_runs_of_certify_seeds_and_logs(tmp_path, monkeypatch):
+    "Three seeds are one line, their mean; a run of certify goes by its network, a log by its name."
+    digits = DATA/'digits-methods/equal_epochs'
+    for name, seed, source in [('macer-0', 0, 'macer'), ('macer-1', 1, 'consistency'), ('macer-2', 2, 'crt')]:     # made-up seeds: other certificates
+        (tmp_path/name).mkdir()
+        shutil.copy(digits/source/'certify.tsv', tmp_path/name)
+        (tmp_path/name/'config.json').write_text(json.dumps(dict(parameters=dict(method='macer', dataset='digits', seed=seed))))
+    (tmp_path/'certify-acr').mkdir()
+    shutil.copy(digits/'acr/certify.tsv', tmp_path/'certify-acr')
+    (tmp_path/'certify-acr/config.json').write_text(json.dumps(dict(parameters=dict(checkpoint=str(digits/'acr')))))
+    shutil.copy(digits/'sodm/certify.tsv', tmp_path/'somebody.tsv')
+    (tmp_path/'notes.txt').write_text('no log')
+    e = MethodsExplorer()
+    e.controls['runs'].value = str(tmp_path/'*')
+    e.controls['source'].value = MINE
+    drawn = curves(e)
+    assert set(drawn) == {'MACER', 'ACR paper', 'somebody'}
+    logs = [pd.read_csv(digits/name/'certify.tsv', sep='\t') for name in ('macer', 'consistency', 'crt')]
+    x, y = drawn['MACER']
+    np.testing.assert_allclose(y, [np.mean([((log.correct == 1) & (log.radius >= r)).mean() for log in logs]) for r in x])
+    acr = [(log.correct * log.radius).mean() for log in logs]
+    assert f'{np.mean(acr):.3f} ± {np.std(acr, ddof=1):.3f}' in e.table.value.replace('</b>', '').replace('</u>', '')
+    monkeypatch.setattr(methods, 'export_figure', lambda *_: iter(()))
+    e.folder.value = str(tmp_path/'export')
+    e.button.click()
+    assert f'$\\pm$ {np.std(acr, ddof=1):.3f}' in (tmp_path/'export/table.tex').read_text()
 
 def test_export(tmp_path):
     if not shutil.which('chromium'): pytest.skip('SVG and PNG need a Chromium')
