@@ -24,9 +24,10 @@ def log_of(
     "Where the log of a run is."
     found = locate(path)
     file = found/'certify.tsv' if found.is_dir() else found
-    if not file.is_file(): raise FileNotFoundError(f"there is no {f'{path}/certify.tsv' if found.is_dir() else path}, neither in {Path.cwd()} nor in the project folder: "
-                                                   "name the folder of a run, or its certify.tsv")
-    return file
+    if file.is_file(): return file
+    missing = f'{path}/certify.tsv' if found.is_dir() else path
+    raise FileNotFoundError(f"there is no {missing}, neither in {Path.cwd()} nor in the project folder: "
+                            "name the folder of a run, or its certify.tsv")
 
 def open_log(
     path,         # a run folder or a log, wherever `locate` finds it

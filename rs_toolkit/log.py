@@ -26,7 +26,8 @@ COLUMNS = ['idx', 'label', 'predict',   # image, its class, the class of the smo
            'selected',                  # the class that the selection phase chose: known when abstaining, too
            'weights', 'data',           # hashes of the model's tensors, and of this image and its label
            'answers']                   # what the model answers on a fixed probe (`models.answers`)
-SETUP = ['n0', 'n', 'alpha', 'sigma', 'seed', 'split', 'precision', 'device', 'weights', 'answers']  # one value in a whole log
+SETUP = ['n0', 'n', 'alpha', 'sigma', 'seed', 'split', 'precision', 'device',
+         'weights', 'answers']          # one value in a whole log
 INTEGERS = ['idx', 'label', 'predict', 'correct', 'n_a', 'n_true', 'n0', 'n', 'seed', 'selected']
 FLOATS = ['radius', 'alpha', 'sigma']
 
@@ -46,7 +47,8 @@ def _text_of(
     content = path.read_bytes()
     if content.startswith(b'\x1f\x8b'):
         try: content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as e: raise ValueError(f"{path} is a damaged gzip file ({e}): fetch it again") from e
+        except (EOFError, OSError, zlib.error) as e:
+            raise ValueError(f"{path} is a damaged gzip file ({e}): fetch it again") from e
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode('utf-16' if wide else 'utf-8-sig', errors='replace')
 
@@ -56,7 +58,8 @@ def _rows(
     text,  # its content
 ):         # column names, and a list of fields for each complete row, one row per image
     "The fields of a log; raises on anything that is not one."
-    header, *rows = [[field.strip() for field in line.split('\t')] for line in text.splitlines() if line.strip()] or [[]]
+    lines = [line.split('\t') for line in text.splitlines() if line.strip()]
+    header, *rows = [[field.strip() for field in line] for line in lines] or [[]]
     if not {'idx', 'label', 'correct'} <= set(header) or not {'predict', 'c1'} & set(header):
         raise ValueError(f"{path} is not a certification log: its first line should name the columns 'idx label predict radius correct time', "
                          f"separated by tabs, and is {text[:60].splitlines()[:1]}")
@@ -72,10 +75,12 @@ def _without_footer(path, text, header, rows):
     ends = [number for number, row in enumerate(rows, 1) if len(row) > place and row[place].isdecimal()]
     if not ends: return rows                                                        # not one row: no footer either
     rows, rest = rows[:ends[-1]], rows[ends[-1]:]
-    if not rest and not text.endswith(('\n', '\r')) and not _is_whole(rows[-1], rows[-2] if len(rows) > 1 else None, header):
+    above = rows[-2] if len(rows) > 1 else None
+    ended = text.endswith(('\n', '\r')) or rest
+    if not ended and not _is_whole(rows[-1], above, header):
         warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][place]} is left out")
         return rows[:-1]
-    if not rest and len(rows) > 1 and len(rows[-1]) != len(header): rows, rest = rows[:-1], rows[-1:]
+    if not rest and above and len(rows[-1]) != len(header): rows, rest = rows[:-1], rows[-1:]
     if rest: warn(f"{path} goes on after its last row, with {' '.join(rest[0])[:80]!r}: left out, as it is no row")
     return rows
 
@@ -93,11 +98,11 @@ def _once(path, header, rows):
         first = kept.setdefault(row[place], row)
         if first is row: continue
         if not all(name == 'time' or _same(name, *both) for name, *both in zip(header, first, row)):
-            raise ValueError(f"{path} has idx {row[place]} twice, and its rows contradict each other: {' '.join(first)!r} and {' '.join(row)!r}. "
-                             "Find out which is right, and keep one row per image")
+            raise ValueError(f"{path} has idx {row[place]} twice, and its rows contradict each other: "
+                             f"{' '.join(first)!r} and {' '.join(row)!r}. Find out which is right, and keep that one")
         twice.append(row[place])
-    if twice: warn(f"{path} has {len(twice)} rows twice (idx {', '.join(twice[:3])}{' ...' * (len(twice) > 3)}), which agree: each counts once. "
-                   "Did two processes write it?")
+    if twice: warn(f"{path} has idx {', '.join(twice[:3])}{' ...' * (len(twice) > 3)} twice, in rows that agree: "
+                   "each counts once. Did two processes write it?")
     return list(kept.values())
 
 # %% ../nbs/04_log.ipynb #64e82b67
@@ -151,14 +156,14 @@ def _check(frame, path):
     "Raise where a row contradicts itself, or promises more than its samples can."
     right = (frame.predict == frame.label).astype('Int64')
     for row in frame[(frame.correct != right).fillna(False)].itertuples():
-        raise ValueError(f"{path} contradicts itself: idx {row.idx} has label {row.label} and predict {row.predict}, but correct {row.correct}. "
-                         "Ask whoever made it which of them is wrong")
+        raise ValueError(f"{path} contradicts itself: idx {row.idx} has label {row.label} and predict {row.predict}, "
+                         f"but correct {row.correct}. Ask whoever made it which of them is wrong")
     for (sigma, n, alpha), rows in frame.groupby(['sigma', 'n', 'alpha']):
         most = float(max_radius(sigma, n, alpha))
         rounded = [float(f'{most:.{digits}}') for digits in range(3, 18)]
         for row in rows[(rows.radius > most) & ~rows.radius.isin(rounded)].itertuples():
-            raise ValueError(f"{path} certifies radius {row.radius} at idx {row.idx}, but {n} samples at sigma {sigma} and alpha {alpha} "
-                             f"can certify {most:.6g} at most: are sigma, n and alpha the right ones?")
+            raise ValueError(f"{path} certifies radius {row.radius} at idx {row.idx}, but {n} samples at sigma {sigma} "
+                             f"and alpha {alpha} can certify {most:.6g} at most: are these the right ones?")
 
 # %% ../nbs/04_log.ipynb #4ba472b9
 def _text(name, value):
@@ -172,7 +177,7 @@ def _text(name, value):
 
 # %% ../nbs/04_log.ipynb #16207eb3
 class LogWriter:
-    "A log that is being written: one line per image, in the file as soon as it is known. Nobody else can write it until `close`."
+    "A log that is being written: one line per image, in the file as soon as it is known. Held until `close`."
     def __init__(self,
         path,        # file; its folder is made if need be
         setup:dict,  # a value for each column of `SETUP`
@@ -184,8 +189,9 @@ class LogWriter:
         try:
             with saving(self.path):
                 rows = self._resume()
-                self.done = {int(row['idx']): row['data'] for row in rows}             # idx -> hash of image and label
-                content = ''.join(map(_line, [COLUMNS, *([row.get(name, '') for name in COLUMNS] for row in rows)])).encode()
+                self.done = {int(row['idx']): row['data'] for row in rows}           # idx -> hash of image and label
+                lines = [_line(row.get(name, '') for name in COLUMNS) for row in rows]
+                content = ''.join([_line(COLUMNS), *lines]).encode()
                 if not self.path.exists() or self.path.read_bytes() != content: write_file(self.path, content)
                 self.file = open(self.path, 'ab', buffering=0)
         except BaseException:
@@ -195,10 +201,11 @@ class LogWriter:
     def _resume(self):
         "The rows that an earlier run ended, each as column -> text; raises if they belong to something else."
         text = _text_of(self.path) if self.path.exists() else ''
-        if '\t'.join(COLUMNS).startswith(text): return []                              # killed while it wrote the header
+        if '\t'.join(COLUMNS).startswith(text): return []                            # killed while it wrote the header
         header, rows = _rows(self.path, text[:text.rfind('\n') + 1] or text)
-        if 'data' not in header or header != COLUMNS[:len(header)]:                    # columns may have been added since
-            raise ValueError(f"{self.path} is another kind of file, its columns are {' '.join(header)}: choose another path for the log")
+        if 'data' not in header or header != COLUMNS[:len(header)]:                  # columns may have been added since
+            raise ValueError(f"{self.path} is another kind of file, its columns are {' '.join(header)}: "
+                             "choose another path for the log")
         _check(_frame(self.path, header, rows), self.path)
         rows = [dict(zip(header, row)) for row in rows]
         differ = []
@@ -241,7 +248,8 @@ def merge_logs(
         found = [(path, _text(name, value)) for path, log in logs.items() for value in log[name].unique()]
         known = next((value for _, value in found if value), '')
         if not all(_same(name, known, value) for _, value in found):
-            raise ValueError(f"shards differ in {name} ({', '.join(f'{path}: {value}' for path, value in found)}): merge logs of one setting only")
+            raise ValueError(f"shards differ in {name} ({', '.join(f'{path}: {value}' for path, value in found)}): "
+                             "merge logs of one setting only")
     twice = whole.idx[whole.idx.duplicated()]
     if len(twice): raise ValueError(f"idx {twice.iloc[0]} is in {' and '.join(path for path, log in logs.items() if (log.idx == twice.iloc[0]).any())}: "
                                     "give each image to one shard")

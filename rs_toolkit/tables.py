@@ -53,7 +53,7 @@ def published_costs(
 
 # %% ../nbs/15_tables.ipynb #09bcfebf
 COLUMNS = ['source', 'dataset', 'method', 'sigma', 'images', 'acr', 'cost', 'exact', 'radius', 'certified_accuracy',
-           'seeds', 'acr_std', 'std']      # number of training seeds; where they are several, the deviation of acr and certified_accuracy over them
+           'seeds', 'acr_std', 'std']      # training seeds; deviation of acr and certified_accuracy over them
 ALONE = dict(seeds=1, acr_std=np.nan, std=np.nan)
 
 def read_published(
@@ -69,7 +69,8 @@ def read_published(
     sodm = pd.read_csv(folder/'sodm_table1.csv').dropna().assign(source='SODM paper, Table 1', dataset='CIFAR-10')
     sodm['method'] = [model.replace('Salman', 'SmoothAdv').replace('Cohen', 'Gaussian m=1') for model in sodm.model]
     rows = pd.concat([paper, sodm, _read_repositories(folder/'repo_logs_recomputed.csv')], ignore_index=True)
-    return rows.assign(**ALONE, exact=False, cost=[_ideal(*row) for row in zip(rows.dataset, rows.source, rows.method, rows.sigma)])[COLUMNS]
+    cost = [_ideal(*row) for row in zip(rows.dataset, rows.source, rows.method, rows.sigma)]
+    return rows.assign(**ALONE, exact=False, cost=cost)[COLUMNS]
 
 def _read_repositories(path):
     "Released logs whose path names data and method; where a repository has several of one method (ablations, other networks), none of them."
@@ -86,7 +87,7 @@ def _read_repositories(path):
 
 # %% ../nbs/15_tables.ipynb #af385d95
 FACTS = ['sigma', 'n', 'alpha', 'n0', 'split', 'method']      # what a log may be told
-BESIDE = ['seed', 'out', 'device', 'train_seconds', 'n0', 'n', 'alpha', 'every']  # what does not make a run another way to train
+BESIDE = ['seed', 'out', 'device', 'train_seconds', 'n0', 'n', 'alpha', 'every']  # what makes no other way to train
 
 def run_name(
     parameters:dict,  # of the training, as config.json of the run holds them
@@ -106,7 +107,8 @@ def training(
     config, metrics = folder/'config.json', folder/'metrics.json'
     if not config.is_file(): return {}
     record = json.loads(config.read_text())
-    if 'checkpoint' in record['parameters']: return record.get('training') or training(locate(record['parameters']['checkpoint']))
+    checkpoint = record['parameters'].get('checkpoint')
+    if checkpoint: return record.get('training') or training(locate(checkpoint))
     seconds = json.loads(metrics.read_text()).get('train_seconds') if metrics.is_file() else None
     return record['parameters'] | ({} if seconds is None else dict(train_seconds=seconds))
 
@@ -132,7 +134,7 @@ class Result:
     logs: dict       # short name of the file -> log
 
     @cached_property
-    def log(self): return pd.concat(self.logs.values(), ignore_index=True)             # its curves are the mean of theirs
+    def log(self): return pd.concat(self.logs.values(), ignore_index=True)     # its curves are the mean of theirs
 
     def std(self,
         measure,  # log -> number or array
@@ -148,17 +150,22 @@ def open_results(
     "Runs and logs, several seeds of one method together; raises where those do not compare."
     given = {log_of(path): {} for path in runs} | {log_of(path): facts for path, facts in (foreign or {}).items()}
     short = short_names(given)
-    groups, seen = {}, Counter()                                                        # what makes one method -> its logs; how often a seed came
+    groups = {}                                                                # what makes one method -> its logs
+    seen = Counter()                                                           # how often a seed of it came
     for path, facts in given.items():
         for fact in facts:
             if fact not in FACTS: raise unknown('fact about a log', fact, FACTS)
-        log = read_log(path, **{fact: value if fact == 'split' else float(value) for fact, value in facts.items() if fact != 'method'})
+        numbers = {fact: float(value) for fact, value in facts.items() if fact not in ('split', 'method')}
+        log = read_log(path, split=facts.get('split'), **numbers)
+        if log.sigma.isna().any():
+            raise ValueError(f"{short[path]} does not say its sigma: tell what is true of it, "
+                             "foreign={path: dict(sigma=..., n0=..., n=..., alpha=..., split=...)}")
         trained = training(path.parent) if path.name == 'certify.tsv' else {}
         name = facts.get('method') or (run_name(trained) if 'method' in trained else short[path])
         method = name, float(setting(log, 'sigma')), _way(path, facts, trained)
         seed = *method, trained.get('seed', path)
         groups.setdefault((*method, seen[seed]), []).append((short[path], trained, log))
-        seen[seed] += 1                                                                 # one network certified twice is no second seed
+        seen[seed] += 1                                                        # the same network is no second seed
     results = []
     for (name, sigma, *_), members in groups.items():
         taken = (name, sigma) in {(other.method, other.sigma) for other in results}
@@ -189,7 +196,7 @@ def read_runs(
     runs,             # run folders and logs
     foreign=None,     # more logs: path -> what its file does not say, of `FACTS`
 )->pd.DataFrame:      # `COLUMNS`; exact, with a row for every step and for each of `RADII`
-    "Rows of our own runs and of other people's logs, seeds of one method as one; raises where two of one sigma do not compare."
+    "Rows of runs and of other people's logs, seeds of one method as one; raises where two of one sigma do not compare."
     results = open_results(runs, foreign)
     for sigma in {result.sigma for result in results}:
         check_comparable({f'{result.method} ({name})' if len(result.logs) > 1 else result.method: log
@@ -198,11 +205,14 @@ def read_runs(
     return pd.concat(rows, ignore_index=True)[COLUMNS] if rows else pd.DataFrame(columns=COLUMNS)
 
 def _rows_of(result):
-    log, radii = result.log, np.union1d(steps(result.log), RADII)
+    radii = np.union1d(steps(result.log), RADII)
+    accuracy = lambda log: certified_accuracy(log, radii)
     return pd.DataFrame(dict(
-        source='own run' if result.training else 'log', dataset=result.training.get('dataset', ''), method=result.method, sigma=result.sigma, images=log.idx.nunique(),
-        acr=average_certified_radius(log), cost=result.cost, exact=True, radius=radii, certified_accuracy=certified_accuracy(log, radii),
-        seeds=len(result.logs), acr_std=result.std(average_certified_radius), std=result.std(lambda log: certified_accuracy(log, radii))))
+        source='own run' if result.training else 'log', dataset=result.training.get('dataset', ''),
+        method=result.method, sigma=result.sigma, images=result.log.idx.nunique(), cost=result.cost,
+        exact=True, seeds=len(result.logs),
+        acr=average_certified_radius(result.log), acr_std=result.std(average_certified_radius),
+        radius=radii, certified_accuracy=accuracy(result.log), std=result.std(accuracy)))
 
 # %% ../nbs/15_tables.ipynb #53557438
 def lines(
@@ -246,19 +256,23 @@ def over_sigma(
         values = np.nan_to_num(np.array([accuracy_at(line, radii) for line in mine.values()]))
         first = next(iter(mine.values()))[:1]
         attained = np.where(values.max(0) > 0, np.array(list(mine))[values.argmax(0)], np.nan)
-        hulls.append(pd.DataFrame(dict(radius=radii, certified_accuracy=values.max(0), attained=attained)).assign(
-            **first[['source', 'dataset', 'method', 'images', 'exact', 'seeds']].iloc[0], sigma=np.nan, acr=np.nan, cost=np.nan, acr_std=np.nan, std=np.nan))
+        shared = first[['source', 'dataset', 'method', 'images', 'exact', 'seeds']].iloc[0]
+        unknown = dict.fromkeys(['sigma', 'acr', 'cost', 'acr_std', 'std'], np.nan)
+        hull = pd.DataFrame(dict(radius=radii, certified_accuracy=values.max(0), attained=attained))
+        hulls.append(hull.assign(**shared, **unknown))
     return pd.concat(hulls, ignore_index=True)[[*COLUMNS, 'attained']]
 
 # %% ../nbs/15_tables.ipynb #1f49978c
 def table_of(
     rows:pd.DataFrame,  # any of the frames above
     radii=None,         # columns; all of `RADII` at which anything is certified, unless given
-)->pd.DataFrame:        # index sigma and method (method alone for envelopes), columns seeds (where some method has several), ACR and radii: as printed
+)->pd.DataFrame:        # index sigma, method (envelopes: method alone), columns (seeds,) ACR and radii: as printed
     "The table of a paper."
     if radii is None: radii = [r for r in RADII if r in set(rows.radius[rows.certified_accuracy > 0])]
     curves = lines(rows.fillna({'sigma': 0}))
-    values = {(sigma, method): [line.seeds.iloc[0], line.acr.iloc[0].round(3), *np.round(100*accuracy_at(line, radii), 1)] for (method, sigma), line in curves.items()}
+    first = {key: line.iloc[0] for key, line in curves.items()}
+    percent = {key: np.round(100*accuracy_at(line, radii), 1) for key, line in curves.items()}
+    values = {key[::-1]: [first[key].seeds, round(first[key].acr, 3), *percent[key]] for key in curves}
     table = pd.DataFrame.from_dict(values, orient='index', columns=['seeds', 'ACR', *radii])
     table.index = pd.MultiIndex.from_tuples(table.index, names=['sigma', 'method'])
     table = table.sort_index(level='sigma', sort_remaining=False, kind='stable')
@@ -318,7 +332,8 @@ def write_table(
     legend = f"Certified accuracy in percent by radius. {', '.join(MARKS[style][name] % words for name, words in meaning.items())}."
     if 'seeds' in table: legend += f" Mean{PLUS_MINUS[style]}standard deviation over training seeds."
     keys = table.index.to_frame().map(lambda key: plain(key if isinstance(key, str) else f'{key:g}')).rename(columns={'sigma': plain('σ')})
-    cells = pd.DataFrame({c if isinstance(c, str) else f'{c:.2f}': [*map(cell, table[c], marked[c], spread[c], [c]*len(table))] for c in table}, table.index)
+    cells = {c: [*map(cell, table[c], marked[c], spread[c], [c]*len(table))] for c in table}
+    cells = pd.DataFrame({c if isinstance(c, str) else f'{c:.2f}': texts for c, texts in cells.items()}, table.index)
     shown, sides = pd.concat([keys, cells], axis=1), 'l'*keys.shape[1] + 'r'*cells.shape[1]
     if style == 'latex': return f'% {legend} Needs booktabs and xcolor.\n' + shown.to_latex(index=False, escape=False, column_format=sides)
     if style == 'html': return f'<p>{legend}</p>' + shown.to_html(index=False, escape=False, border=0)
@@ -333,8 +348,10 @@ def export_table(
     spread=None,          # as `spread_of` makes it
 )->list:                  # paths
     "The table as LaTeX, Markdown and (without marks, deviations in columns of their own) CSV."
-    plain = table if spread is None or 'seeds' not in table else table.join(spread.drop(columns='seeds').add_suffix(' std'))
-    texts = dict(tex=write_table(table, marked, 'latex', baseline, spread), md=write_table(table, marked, 'markdown', baseline, spread), csv=plain.to_csv())
+    several = spread is not None and 'seeds' in table
+    plain = table.join(spread.drop(columns='seeds').add_suffix(' std')) if several else table
+    texts = dict(tex=write_table(table, marked, 'latex', baseline, spread),
+                 md=write_table(table, marked, 'markdown', baseline, spread), csv=plain.to_csv())
     paths = [Path(folder)/f'{name}.{kind}' for kind in texts]
     for path, text in zip(paths, texts.values()): path.write_text(text, encoding='utf-8')
     return paths

@@ -28,7 +28,7 @@ def test_every_log_opens(path):
     assert ((log.predict == log.label) == (log.correct == 1)).all() and (log.radius[log.predict == -1] == 0).all()
     assert log.time.dt.total_seconds().between(.1, 1000).all()
     sigma = float(path.stem.rpartition('_')[2])
-    explained = read_log(path, sigma=sigma, n=100_000, alpha=.001)                     # no radius above what these allow, but for three digits
+    explained = read_log(path, sigma=sigma, n=100_000, alpha=.001)  # what these allow, in three digits, is the most
     assert explained.radius.equals(log.radius) and log.radius.max() == float(f'{max_radius(sigma, 100_000, .001):.3}')
     with pytest.raises(ValueError, match='at most'): read_log(path, sigma=sigma, n=10_000, alpha=.001)
 

@@ -21,7 +21,8 @@ from plotly.subplots import make_subplots
 from ..common import data_folder, package_folder, project_folder
 from .core import GREY, ORANGE, SHADE, Explorer, Worker
 from ..plots import DASHES, colours, common_look
-from ..tables import accuracy_at, export_table, lines, marks, minus, over_sigma, read_published, read_runs, spread_of, table_of, write_table
+from ..tables import accuracy_at, export_table, lines, marks, minus, over_sigma, read_published, read_runs
+from ..tables import spread_of, table_of, write_table
 
 # %% ../../nbs/explore/methods.ipynb #1deda232
 def pick(rows, **values): return rows[np.logical_and.reduce([rows[name].isin(wanted) for name, wanted in values.items()])]
@@ -54,13 +55,14 @@ MINE = 'runs of my own'
 
 def open_source(
     name:str,      # key of `SOURCES`, or `MINE`
-    pattern='',    # for `MINE`: run folders and logs, such as runs/*, from here, from the project folder or from the package
+    pattern='',    # for `MINE`: run folders and logs, such as runs/*, from here, from the project or from the package
 ):                 # rows as `rs_toolkit.tables` has them, what they are, what their cost is
     "The rows that are compared."
     if name != MINE: return SOURCES[name][0](), *SOURCES[name][1:]
     found = sorted({path for place in (Path(), project_folder(), package_folder()) for path in _glob(place, pattern)})
-    runs = [path for path in found if (path/'certify.tsv').exists() or path.is_file() and path.name.endswith(('.tsv', '.tsv.gz', Path(pattern).name))]
-    if not runs: raise ValueError(f"no run in {pattern!r}: name folders that hold a certify.tsv, such as runs/*, or logs")
+    logs = {path for path in found if path.is_file() and path.name.endswith(('.tsv', '.tsv.gz', Path(pattern).name))}
+    runs = [path for path in found if path in logs or (path/'certify.tsv').exists()]
+    if not runs: raise ValueError(f"no run in {pattern!r}: name folders with a certify.tsv, such as runs/*, or logs")
     return read_runs(runs), f'{len(runs)} runs of your own; of several seeds, the mean.', SECONDS
 
 def _glob(folder, pattern):
@@ -374,7 +376,10 @@ class MethodsExplorer(Explorer):
         try:
             if not self.folder.value.strip(): raise ValueError("name a folder to write into, such as export")
             folder = Path(self.folder.value.strip()).expanduser().resolve()
-            try: folder.mkdir(parents=True, exist_ok=True); written = export_table(self.choice.table, self.choice.marks, folder, self.choice.baseline, spread=self.choice.spread)
+            c = self.choice
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                written = export_table(c.table, c.marks, folder, c.baseline, spread=c.spread)
             except OSError as error: raise ValueError(f"cannot write into {folder}: {error.strerror}. Name another folder") from error
         except ValueError as error: return self.complain(error)
         def show(path): written.append(path); self.say(f'Written into {folder}: <b>{", ".join(p.name for p in written)}</b>')
