@@ -18,7 +18,7 @@ DATA = Path(__file__).resolve().parents[1] / 'data'
 @pytest.fixture(autouse=True)
 def here(monkeypatch): monkeypatch.chdir(DATA.parent)
 
-def shown(explorer): return defaultdict(lambda: go.Scatter(x=[], y=[], text=''), {trace.name: trace for trace in explorer.fig.data})  # one that was never needed is not there
+def shown(explorer): return defaultdict(lambda: go.Scatter(x=[], y=[], text=''), {trace.name: trace for trace in explorer.fig.data})      # one that was never needed is not there
 
 def table2():
     "(method, sigma) -> radius -> percent, as the file has it."
@@ -125,7 +125,7 @@ def test_between_printed_radii():
     e.controls['radius'].value = .6
     value = dict(zip(shown(e)['reading'].hovertext, shown(e)['reading'].x))['MACER']
     assert value == pytest.approx(.6*.495 + .4*.421) and 'straight line' in e.words.value
-    e.controls['radius'].value = 1.8  # Table 2 ends at 1.75 with 12 %, N certifies up to 1.91: nobody knows
+    e.controls['radius'].value = 1.8                     # Table 2 ends at 1.75 with 12 %, N certifies up to 1.91: nobody knows
     assert len(shown(e)['reading'].x) == 0 and 'unknown' in e.words.value
     e.controls['radius'].value = 2.
     assert set(shown(e)['reading'].x) == {0} and 'nothing is certified' in e.words.value
@@ -133,7 +133,7 @@ def test_between_printed_radii():
 def test_the_table_under_the_figure():
     e = MethodsExplorer()
     e.controls['sigma'].value = (.25,)
-    assert '<u><span style="color:#767676">78.7</span></u>' in e.table.value and '<b>81.3</b>' in e.table.value  # second best, and worse than the baseline
+    assert '<u><span style="color:#767676">78.7</span></u>' in e.table.value and '<b>81.3</b>' in e.table.value    # second best, and worse than the baseline
     e.controls['baseline'].value = 'Gaussian m=1'
     assert '<u>78.7</u>' in e.table.value and 'worse than Gaussian m=1' in e.table.value
 
@@ -152,12 +152,12 @@ def test_wrong_input_is_said_and_survived():
         assert 'role="alert"' in e.words.value and message in e.words.value and e.fig.to_json() == before
         e.controls[control].value = old
         check_table2(e)
-    e.controls['source'].value, e.controls['runs'].value = MINE, 'data/digits-*'  # two sigmas and budgets in one folder do compare or are refused
+    e.controls['source'].value, e.controls['runs'].value = MINE, 'data/digits-*'            # two sigmas and budgets in one folder do compare or are refused
     assert 'role=' in e.words.value
 
 def test_runs_that_do_not_compare_are_refused():
     e = MethodsExplorer()
-    e.controls['runs'].value = 'data/*-gaussian'  # digits and CIFAR-10 at one sigma
+    e.controls['runs'].value = 'data/*-gaussian'                                             # digits and CIFAR-10 at one sigma
     e.controls['source'].value = MINE
     assert 'role="alert"' in e.words.value and 'images' in e.words.value
     e.controls['runs'].value = 'data/cifar10-*'

@@ -317,7 +317,7 @@ def test_compare_from_anywhere_in_every_format(mix, tmp_path):
     theirs = {f'~/{path.name}': facts | dict(alpha='1e-3') for path, facts in foreign.items()}
     given = dict(runs=[f'~/{run.name}' for run in runs], foreign=theirs, out='~/comparison')
     root = Path(__file__).resolve().parents[1]
-    papermill = [Path(sys.executable).with_name('papermill'), '--no-progress-bar', root/'nbs/compare.ipynb', 'executed.ipynb']
+    papermill = [Path(sys.executable).with_name('papermill'), root/'nbs/compare.ipynb', 'executed.ipynb']
     env = os.environ | dict(HOME=str(tmp_path/'home'), PYTHONPATH=str(root))
     done = subprocess.run([*papermill, '-y', json.dumps(given)], cwd=elsewhere, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -47,7 +47,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
                  n0=50, n=300, alpha=.01, every=60, out=str(tmp_path/'run'))
     parameters = next(c for c in nbformat.read(book, 4).cells if 'parameters' in c.metadata.get('tags', [])).source
     assert [line.split(':')[0] for line in parameters.splitlines()] == list(given), 'the test should pass every parameter'
-    succeed(book, tmp_path/'run', **given | dict(lr='5e-3', n='300'))  # as strings, as YAML 1.1 would read 5e-2
+    succeed(book, tmp_path/'run', **given | dict(lr='5e-3', n='300'))                      # as strings, as YAML 1.1 would read 5e-2
     assert json.loads((tmp_path/'run/config.json').read_text())['parameters'] == given
     log = read_log(tmp_path/'run/certify.tsv')
     assert len(log) == 6 and log[['n0', 'n', 'alpha', 'sigma', 'seed', 'precision']].iloc[0].tolist() == [50, 300, .01, .25, 3, 'bfloat16']
@@ -127,7 +127,7 @@ def test_benchmark(tmp_path):
 def test_a_mistake_stops_the_run_and_says_so(tmp_path, book, given, says):
     done = mill(book, tmp_path/'run', out=str(tmp_path/'run'), **given)
     assert done.returncode == 1 and says in done.stderr, done.stderr[-2000:]
-    assert not (tmp_path/'run/config.json').exists()  # so the corrected command may use the folder
+    assert not (tmp_path/'run/config.json').exists()                                       # so the corrected command may use the folder
 
 def test_other_parameters_are_refused_in_the_same_folder(teacher):
     done = mill('train', teacher, out=str(teacher), **QUICK | dict(epochs=9))
@@ -152,11 +152,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     whole, killed = tmp_path/'whole', tmp_path/'killed'
     succeed('train', whole, out=str(whole), **setting)
     again = command('train', killed, out=str(killed), **setting)
-    assert kill_when((killed/'resume/state.pt').exists, again) and not (killed/'model.safetensors').exists()  # in training
-    assert kill_when(lambda: lines(killed/'certify.tsv') > 3, again) and not (killed/'metrics.json').exists()  # in certification
+    assert kill_when((killed/'resume/state.pt').exists, again) and not (killed/'model.safetensors').exists()     # in training
+    assert kill_when(lambda: lines(killed/'certify.tsv') > 3, again) and not (killed/'metrics.json').exists()    # in certification
     assert lines(killed/'certify.tsv') < 91
     succeed('train', killed, out=str(killed), **setting)
     a, b = (read_log(f/'certify.tsv').sort_values('idx', ignore_index=True) for f in (whole, killed))
     a, b = (log.drop(columns=['time', 'answers']) for log in (a, b))  # whose last digits may differ
-    pd.testing.assert_frame_equal(a, b)  # weights are in the log, by hash
+    pd.testing.assert_frame_equal(a, b)                                                    # weights are in the log, by hash
     assert len(a) == 90 and record(whole)['acr'] == record(killed)['acr']
