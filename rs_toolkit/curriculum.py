@@ -81,8 +81,9 @@ class EasyData:
         self.epochs = epochs
         start = epoch_of(self.start, epochs, 'start')
         if self.reweigh and self.every >= 1 and start + self.every >= epochs:
-            raise ValueError(f"every={self.every} is too long: after epoch {start} no image would be counted again in a run of {epochs} epochs. Give fewer epochs, "
-                             f"or a part of the run, strictly between 0 and 1 ({self.every} epochs of {10*self.every} are 0.1)")
+            raise ValueError(f"every={self.every} is too long: after epoch {start} no image would be counted again in a run of {epochs} "
+                             "epochs. Give fewer epochs, or a part of the run, strictly between 0 and 1 "
+                             f"({self.every} epochs of {10*self.every} are 0.1)")
 
     def __call__(self, model, data, epoch, augment=None, part=(0, 1)):
         "Weights [N] for this epoch, or None."
@@ -95,7 +96,8 @@ class EasyData:
             if not self.kept.any():
                 raise ValueError(f"no training image reaches the vote share {self.threshold} in epoch {epoch} (the best has {share.max():.2f}): "
                                  "start later, lower the threshold, or look at the training before it")
-        if self.weights is None or (self.reweigh and (epoch - start) % duration_of(self.every, self.epochs, 'every') == 0):
+        due = (epoch - start) % duration_of(self.every, self.epochs, 'every') == 0
+        if self.weights is None or (self.reweigh and due):
             votes = count(self.kept.nonzero()[:, 0], self.count_noise) if self.reweigh else torch.zeros(len(self.kept), dtype=torch.long)
             self.weights = torch.as_tensor(count_weights(votes, self.count_noise, self.alpha)) * self.kept
         return self.weights

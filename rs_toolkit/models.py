@@ -179,8 +179,10 @@ def frozen(model):
 def _precision_switches():
     "Where torch keeps whether float32 may be computed with fewer bits, and the value that forbids it."
     b = torch.backends
-    if not hasattr(b.cudnn, 'conv'): return [(place, 'allow_tf32', False) for place in (b.cuda.matmul, b.cudnn)]      # before torch 2.9
-    return [(place, 'fp32_precision', 'ieee') for place in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)]
+    if not hasattr(b.cudnn, 'conv'):                                              # before torch 2.9
+        return [(place, 'allow_tf32', False) for place in (b.cuda.matmul, b.cudnn)]
+    places = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn]
+    return [(place, 'fp32_precision', 'ieee') for place in places]
 
 _exact_blocks, _exact_lock = [], threading.Lock()     # what the switches were before, once for each open block
 
@@ -189,7 +191,8 @@ def exact_float32():
     "Within the block: float32 means float32. No TF32 on a GPU, no bfloat16 in the products of a processor."
     switches = _precision_switches()
     with _exact_lock:
-        _exact_blocks.append(_exact_blocks[0] if _exact_blocks else [getattr(place, name) for place, name, _ in switches])
+        now = [getattr(place, name) for place, name, _ in switches]
+        _exact_blocks.append(_exact_blocks[0] if _exact_blocks else now)
         for place, name, exact in switches: setattr(place, name, exact)
     try: yield
     finally:

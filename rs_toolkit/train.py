@@ -65,11 +65,12 @@ def pick_device(
         current = local if 'LOCAL_RANK' in os.environ else torch.cuda.current_device()
         name = f'cuda:{current}'
         if name not in known:
-            raise ValueError(f"process {local} of this machine has no card of its own: it sees {', '.join(known)}. Start as many processes as there are "
-                             f"cards (`torchrun --nproc_per_node {len(known) - 1}`), and let each of them see all cards")
+            raise ValueError(f"process {local} of this machine has no card of its own: it sees {', '.join(known)}. Start as many processes "
+                             f"as there are cards (`torchrun --nproc_per_node {len(known) - 1}`), and let each of them see all cards")
     try: device = torch.device(name)
     except RuntimeError: raise unknown('device', name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps']) from None
-    if str(device) not in known: raise ValueError(f"there is no device {name!r} here: this machine has {', '.join(known)}; auto takes the best of them")
+    if str(device) not in known:
+        raise ValueError(f"there is no device {name!r} here: this machine has {', '.join(known)}; auto takes the best of them")
     if device.index is not None and device.index != local and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
         raise ValueError(f"several processes cannot share {name}: device='cuda' gives each of them a card of its own")
     return device
@@ -111,7 +112,7 @@ def lr_schedule(
     opt,            # optimizer
     schedule:str,   # step or cosine
     epochs:int,     # length of the run
-    lr_drops=None,  # step: epochs (from 0) that start with a tenth of the rate, or parts of the run; default: at one and two thirds
+    lr_drops=None,  # step: epochs (or parts of the run) that start with a tenth of the rate; default: at one and two thirds
     lr_lag=0,       # epochs by which every drop comes late; 1 imitates the published code of Jeong et al.
 ):                  # torch scheduler, stepped once per epoch
     "Step decay exactly at the named epochs, or cosine decay to 0."
@@ -176,15 +177,17 @@ def describe(
     if isinstance(thing, (str, int, float, type(None))): return thing
     if type(thing) in (list, tuple): return type(thing)(describe(v) for v in thing)
     if type(thing) is dict: return {k: describe(v) for k, v in thing.items()}
-    if isinstance(thing, torch.optim.Optimizer): return dict(name=type(thing).__name__, **_kinds(thing))      # its state_dict says the rest
+    if isinstance(thing, torch.optim.Optimizer): return dict(name=type(thing).__name__, **_kinds(thing))   # its state says more
     if isinstance(thing, torch.nn.Module) or hasattr(thing, 'state_dict'):
         changing = ('epoch', 'epochs', 'training', 'ramp', 'kept', 'weights')
-        return dict(name=type(thing).__name__, **{k: describe(v) for k, v in vars(thing).items() if not k.startswith('_') and k not in changing})
+        kept = {k: v for k, v in vars(thing).items() if not k.startswith('_') and k not in changing}
+        return dict(name=type(thing).__name__, **describe(kept))
     return getattr(thing, '__name__', type(thing).__name__)
 
 def _kinds(thing):
     "What the attributes of a thing are, not what they hold."
-    return {k: v if isinstance(v, (bool, int, str)) else type(v).__name__ for k, v in vars(thing).items() if not k.startswith('_')}
+    public = {k: v for k, v in vars(thing).items() if not k.startswith('_')}
+    return {k: v if isinstance(v, (bool, int, str)) else type(v).__name__ for k, v in public.items()}
 
 def identity(
     model, method,  # network; its method, which may bring others
@@ -204,14 +207,16 @@ def check_terms(
     method,  # for the message
 ):
     "Refuse what is not a dict of named loss terms, each a single number."
-    name, cure = type(method).__name__, "return {'ce': loss}, say: a name for each term, and for each a tensor with one number, the mean over the images"
+    name = type(method).__name__
+    cure = "return {'ce': loss}, say: a name for each term, and for each a tensor with one number, the mean over the images"
+    def came(thing):
+        if isinstance(thing, torch.Tensor): return f'a tensor of shape {list(thing.shape)}'
+        return repr(thing) if thing is None or isinstance(thing, dict) else type(thing).__name__
     if not isinstance(terms, dict) or not terms:
-        came = f'a tensor of shape {list(terms.shape)}' if isinstance(terms, torch.Tensor) else repr(terms) if not terms else type(terms).__name__
-        raise ValueError(f"{name}.forward must return a dict of named loss terms, got {came}: {cure}")
+        raise ValueError(f"{name}.forward must return a dict of named loss terms, got {came(terms)}: {cure}")
     for term, value in terms.items():
-        if isinstance(value, torch.Tensor) and value.numel() == 1: continue
-        came = f'a tensor of shape {list(value.shape)}' if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"the loss term {term!r} of {name} must be a tensor with one number, got {came}: {cure}")
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise ValueError(f"the loss term {term!r} of {name} must be a tensor with one number, got {came(value)}: {cure}")
 
 # %% ../nbs/10_train.ipynb #b61c01d0
 OPTIMIZERS = {'sgd': partial(torch.optim.SGD, momentum=.9), 'adam': torch.optim.Adam}
@@ -242,20 +247,24 @@ def fit(
     processes=None,      # how many processes should run; None: as many as the environment says
 )->pd.DataFrame:         # a row per epoch: epoch, lr, each loss term, clean_accuracy, noisy_accuracy, seconds
     "Train `model` in place."
-    epochs, batch_size = check_samples(epochs, 'epochs'), check_samples(batch_size, 'batch_size')
+    epochs = check_samples(epochs, 'epochs')
+    batch_size = check_samples(batch_size, 'batch_size')
     micro_batch = None if micro_batch is None else check_samples(micro_batch, 'micro_batch')
-    lr, weight_decay = check_number(lr, 'lr'), plain_number(weight_decay)
+    lr = check_number(lr, 'lr')
+    weight_decay = plain_number(weight_decay)
     if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
     if optimizer not in OPTIMIZERS: raise unknown('optimizer', optimizer, OPTIMIZERS)
     _check_learner(model, method)
     check_run(epochs, method, curriculum, schedule, lr_drops, lr_lag)
-    device, (images, labels) = pick_device(device), _images_and_labels(data)
+    device = pick_device(device)
+    images, labels = _images_and_labels(data)
     if test: test = _images_and_labels(test)
 
     rank, world = join_processes(device, processes)
     model.to(device, memory_format=torch.channels_last)
     method.to(device, memory_format=torch.channels_last)
-    images, labels = images.to(device) if isinstance(images, torch.Tensor) else images, labels.to(device)          # a stream stays where it is
+    labels = labels.to(device)
+    if isinstance(images, torch.Tensor): images = images.to(device)                  # a stream stays where it is
     with torch.no_grad(), frozen(model): check_labels(labels, len(images), check_model(model, images[:2].to(device)).shape[1])
     opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay)
     scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag)
@@ -264,9 +273,10 @@ def fit(
     if curriculum: parts['curriculum'] = curriculum
     if resume:
         resume = Path(resume).expanduser()
-        setup = dict(method=method, ramp=[method.strength_at(e) for e in range(epochs)], curriculum=curriculum, epochs=epochs, batch_size=batch_size,
-                     micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay, schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, order_seed=seed,
-                     device=device.type, precision=precision, augment=augment, shapes=str([list(p.shape) for p in model.parameters()]), data=fingerprint([images, labels]))
+        setup = dict(method=method, ramp=[method.strength_at(e) for e in range(epochs)], curriculum=curriculum, epochs=epochs,
+                     batch_size=batch_size, micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
+                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, order_seed=seed, device=device.type, precision=precision,
+                     augment=augment, shapes=str([list(p.shape) for p in model.parameters()]), data=fingerprint([images, labels]))
         setup = {name: describe(value) for name, value in setup.items()}
         if resume.exists():
             state = load_state(resume, parts, setup)
@@ -292,7 +302,8 @@ def fit(
                 row |= dict(clean_accuracy=accuracy(model, *few), noisy_accuracy=accuracy(model, *few, sigma=method.sigma))
             history.append(row | dict(seconds=time.perf_counter() - started))
             bar.set_postfix({k: f'{v:.3f}' for k, v in row.items() if k not in ('epoch', 'lr')}, refresh=False)
-            if resume and rank == 0: save_state(resume, parts, setup, history=history, answers=identity(model, method, images.shape[1:]))
+            if resume and rank == 0:
+                save_state(resume, parts, setup, history=history, answers=identity(model, method, images.shape[1:]))
             if watch and rank == 0: watch(pd.DataFrame(history))
     model.eval()
     return pd.DataFrame(history)
@@ -301,19 +312,23 @@ def _check_learner(model, method):
     "Refuse a network that cannot learn, and what is no method."
     if not isinstance(model, torch.nn.Module): raise ValueError(f"fit trains a torch.nn.Module, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no weights to train: none of its parameters requires a gradient (model.requires_grad_(True) undoes a freeze)")
-    if not isinstance(method, Method): raise ValueError(f"the method must be a Method, such as Gaussian(sigma=0.25), got {method!r}")
+        raise ValueError("the model has no weights to train: none of its parameters requires a gradient "
+                         "(model.requires_grad_(True) undoes a freeze)")
+    if not isinstance(method, Method):
+        raise ValueError(f"the method must be a Method, such as Gaussian(sigma=0.25), got {method!r}")
 
 def _images_and_labels(data):
     "As tensors, or a stream of images and its labels."
     images, labels = check_images(*data) if isinstance(data, (tuple, list)) else check_images(data)
-    return images, images.labels() if labels is None and isinstance(images, Items) else check_labels(labels, len(images))
+    if labels is None and isinstance(images, Items): return images, images.labels()
+    return images, check_labels(labels, len(images))
 
 def _check_identity(path, before, now):
     "Refuse to go on with another function than the one that was trained."
     if all(same_answers(then, said) for then, said in zip(before, now)): return
-    raise ValueError(f"{path} belongs to another run: with the same weights this network, or one that the method brings, answers otherwise than it did there. Was it built "
-                     "with another normalisation (mean, std), or another option that is no weight? Choose another folder, or delete this one")
+    raise ValueError(f"{path} belongs to another run: with the same weights this network, or one that the method brings, "
+                     "answers otherwise than it did there. Was it built with another normalisation (mean, std), or another option "
+                     "that is no weight? Choose another folder, or delete this one")
 
 def _epoch(model, method, opt, data, precision, epoch, micro_batch, bar):
     "Train on the batches of one epoch; the sum of each loss term over its images."
@@ -343,5 +358,6 @@ def _epoch(model, method, opt, data, precision, epoch, micro_batch, bar):
     bad = [name for name, value in sums.items() if not math.isfinite(value)]
     if bad: raise FloatingPointError(f"the loss term {' and '.join(bad)} is not finite in epoch {epoch}: lower lr, or look at the method's own weights")
     if not learnt:
-        warnings.warn(f"nothing was learnt in epoch {epoch}: no loss term depended on the weights. Are logits detached, or turned into numbers, in {type(method).__name__}.forward?")
+        warnings.warn(f"nothing was learnt in epoch {epoch}: no loss term depended on the weights. "
+                      f"Are logits detached, or turned into numbers, in {type(method).__name__}.forward?")
     return sums

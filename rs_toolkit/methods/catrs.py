@@ -62,7 +62,8 @@ def smoothed_predictions(
         state = torch.load(path, weights_only=True)
         if state['setup'] != setup: raise ValueError(f"{path} holds predictions of another setting ({state['setup']}; now {setup}): choose another folder, or delete it")
         if not same_answers(state.get('answers', ''), said):
-            raise ValueError(f"{path} holds predictions of another network: it has the same weights, and answers otherwise (another normalisation, say): choose another folder, or delete it")
+            raise ValueError(f"{path} holds predictions of another network, which has the same weights and answers otherwise "
+                             "(another normalisation, say): choose another folder, or delete it")
         counts = [state['counts']]
     def write():
         content = io.BytesIO()

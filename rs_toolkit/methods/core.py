@@ -69,7 +69,8 @@ def check_epoch(
     "Refuse what is neither an epoch nor a part of the run."
     when = check_number(when, name)
     if when > 1 and when != int(when):
-        raise ValueError(f"{name} must be an epoch (a whole number from 0 up) or a part of the run (strictly between 0 and 1), got {when:g}")
+        raise ValueError(f"{name} must be an epoch (a whole number from 0 up) or a part of the run (strictly between 0 and 1), "
+                         f"got {when:g}")
     return when if 0 < when < 1 else int(when)
 
 def epoch_of(
@@ -79,7 +80,8 @@ def epoch_of(
 )->int:          # epoch, counted from 0
     "The epoch that is meant; refuses a run that ends before it."
     if 0 < when < 1:
-        if epochs is None: raise ValueError(f"{name}={when:g} is a part of a run: say first how long it is, by `start_run(epochs)`, as `fit` does")
+        if epochs is None:
+            raise ValueError(f"{name}={when:g} is a part of a run: say first how long it is, by `start_run(epochs)`, as `fit` does")
         return int(when*epochs + 1e-9)
     if epochs is not None and when >= epochs: raise too_late(name, when, epochs)
     return when
@@ -99,8 +101,9 @@ def too_late(
     epochs:int,  # length of the run
 )->ValueError:   # to raise
     "An error that says how to write an epoch for a run of any length."
-    return ValueError(f"{name}={when} is never reached in a run of {epochs} epochs (0 to {epochs - 1}), and would change the method in silence: give an earlier "
-                      f"epoch, or a part of the run, strictly between 0 and 1, which goes with its length (epoch {when} of {2*when} is 0.5)")
+    return ValueError(f"{name}={when} is never reached in a run of {epochs} epochs (0 to {epochs - 1}), and would change the method in "
+                      "silence: give an earlier epoch, or a part of the run, strictly between 0 and 1, which goes with its length "
+                      f"(epoch {when} of {2*when} is 0.5)")
 
 # %% ../../nbs/methods/00_core.ipynb #5fd83477
 RAMPS = {  # (epoch, the ramp's own epoch) -> strength
@@ -121,8 +124,11 @@ class Ramp:
         epoch:int,         # counted from 0
         epochs:int=None,   # length of the run, where a part of it was given
     )->float:              # strength
-        meant = {name: (duration_of if name == 'warm_up' else epoch_of)(when, epochs, name) for name, when in self.given.items()}
-        return math.prod(RAMPS[name](epoch, at) for name, at in meant.items())
+        strength = 1.
+        for name, when in self.given.items():
+            meant = duration_of if name == 'warm_up' else epoch_of
+            strength *= RAMPS[name](epoch, meant(when, epochs, name))
+        return strength
 
 def warm_up(epochs): return Ramp(warm_up=epochs)
 def switch_on(at): return Ramp(switch_on=at)
@@ -157,7 +163,8 @@ class Method(nn.Module):
         self.epochs = epochs
         for name in self.timed: self.at(name)
         if not any(self.strength_at(epoch) for epoch in range(epochs)):
-            raise ValueError(f"the ramp is 0 in each of the {epochs} epochs: what it scales would never act. Leave the attack out, or give another ramp")
+            raise ValueError(f"the ramp is 0 in each of the {epochs} epochs: what it scales would never act. "
+                             "Leave the attack out, or give another ramp")
 
     def start_epoch(self, epoch):
         "Called by `fit` before each epoch, counted from 0."

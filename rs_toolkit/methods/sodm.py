@@ -61,7 +61,7 @@ class SODM(Method):
         mapping='temperature',  # temperature, residual or none
         rho=.99,                # vote share beyond which an image is left alone
         beta=6.,                # weight of the radius
-        boost_from=None,        # epoch (or part of the run, strictly between 0 and 1) from which beta is multiplied by `boost`; None: never
+        boost_from=None,        # epoch, or part of the run (between 0 and 1), from which beta is multiplied by `boost`; None: never
         boost=10.,
         mapping_noise=128,      # noise copies for the update of the mapping, n'
         interval=5,             # steps between two updates of the mapping
