@@ -1,4 +1,4 @@
-"""What only runs on a graphics card, on a stand-in for one (`card.py`): it must give the processor's numbers, and say what is missing before any work."""
+"""What only runs on a graphics card, on a stand-in for one (`card.py`): the processor's numbers, and words for what is missing."""
 from functools import partial
 from unittest import mock
 
@@ -37,7 +37,7 @@ def test_the_stand_in_is_strict():
     with card():
         there, here = torch.zeros(3, device='cuda:0'), torch.zeros(3)
         assert there.device == CARD and (there + 1).device == CARD and there.cpu().device.type == 'cpu'
-        for mix in (lambda: there + here, lambda: here[torch.zeros(2, dtype=torch.long, device='cuda:0')], lambda: here.gather(0, there.long())):
+        for mix in lambda: there + here, lambda: here[there.long()], lambda: here.gather(0, there.long()):
             with pytest.raises(RuntimeError, match='two devices'): mix()
         assert there[torch.tensor([0, 2])].shape == (2,)                                     # an index may lie on the processor
         with pytest.raises(RuntimeError, match='generator'): there.normal_(generator=torch.Generator())
@@ -72,8 +72,8 @@ def test_each_process_has_a_card_of_its_own(monkeypatch):
     with card(count=2):
         assert str(pick_device('auto')) == str(pick_device('cuda')) == 'cuda:1'
         with pytest.raises(ValueError, match='several processes cannot share cuda:0'): pick_device('cuda:0')
-    with card(count=1), pytest.raises(ValueError, match='process 1 of this machine has no card of its own: it sees cpu, cuda:0.*nproc_per_node 1'):
-        pick_device('cuda')
+    alone = 'process 1 of this machine has no card of its own: it sees cpu, cuda:0.*nproc_per_node 1'
+    with card(count=1), pytest.raises(ValueError, match=alone): pick_device('cuda')
 
 def test_processes_that_do_not_meet(monkeypatch):
     "Two processes were started, and each would train alone and write the same files."
@@ -127,9 +127,11 @@ def test_certification_attack_votes_and_predictions_there():
     model, _ = train('cpu', epochs=8)
     images, labels = DIGITS[0][:6], DIGITS[1][:6]
     def all_of(model):
-        return (certification.certify(model, images, .25, n0=20, n=200), certification.predict(model, images, .25, n=100),
+        return (certification.certify(model, images, .25, n0=20, n=200),
+                certification.predict(model, images, .25, n=100),
                 attack_smoothed(model, images, labels, .25, .3, steps=2, num_noise=4, n=50, progress=False).to_dict('list'),
-                right_votes(model, images, labels, torch.arange(6), .25, 9).tolist(), smoothed_predictions(model, images, .25, n=30, progress=False).tolist())
+                right_votes(model, images, labels, torch.arange(6), .25, 9).tolist(),
+                smoothed_predictions(model, images, .25, n=30, progress=False).tolist())
     here = all_of(model)
     with card():
         model.to(CARD)
@@ -150,7 +152,8 @@ class Watched(nn.Module):
         self.net = build('mlp', 10, 1, 8)
     def forward(self, x):
         b = torch.backends
-        Watched.last[:] = [b.cudnn.conv.fp32_precision, b.cuda.matmul.fp32_precision, b.mkldnn.matmul.fp32_precision, b.cudnn.enabled]
+        switches = [b.cudnn.conv.fp32_precision, b.cuda.matmul.fp32_precision, b.mkldnn.matmul.fp32_precision]
+        Watched.last[:] = [*switches, b.cudnn.enabled]
         return self.net(x)
 
 USES = {'fit': lambda model: fit(model, Gaussian(.25), DIGITS, 1, device='cpu', progress=False),

@@ -144,10 +144,12 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     "A state that holds them could not be opened again, and .12 must mean .12."
     attack = partial(smoothed_pgd, eps=np.float64(.2), steps=np.int64(2))
     make = lambda: Gaussian(np.float32(.12), num_noise=np.int64(2), seed=np.int64(3), attack=attack)
-    setting = dict(lr=np.float32(.05), seed=np.int64(1), lr_drops=[np.int64(2)], curriculum=EasyData(np.float32(.12), start=np.float64(.5), threshold=0, every=np.int64(1)))
+    curriculum = EasyData(np.float32(.12), start=np.float64(.5), threshold=0, every=np.int64(1))
+    setting = dict(lr=np.float32(.05), seed=np.int64(1), lr_drops=[np.int64(2)], curriculum=curriculum)
     begun(tmp_path/'state.pt', build('mlp', 10, 1, 8), make(), **setting)
     plain = Gaussian(.12, num_noise=2, seed=3, attack=partial(smoothed_pgd, eps=.2, steps=2))
-    begun(tmp_path/'state.pt', build('mlp', 10, 1, 8), plain, stop=4, lr=.05, seed=1, lr_drops=[2], curriculum=EasyData(.12, start=.5, threshold=0, every=1))
+    setting = dict(lr=.05, seed=1, lr_drops=[2], curriculum=EasyData(.12, start=.5, threshold=0, every=1))
+    begun(tmp_path/'state.pt', build('mlp', 10, 1, 8), plain, stop=4, **setting)
 
 def test_what_describes_a_part():
     part = partial(smoothed_pgd, eps=torch.tensor([.1, .2]))
@@ -197,8 +199,10 @@ def test_a_part_that_never_acts_stops_the_run_before_any_work():
     "And leaves the network, its method and the folder as they were."
     model = build('mlp', 10, 1, 8)
     before = weights_hash(model)
-    for method, training in [(Gaussian(.25, num_noise=2, attack=partial(smoothed_pgd, eps=.2), ramp=lambda epoch: 0.), {}), (Gaussian(.25), dict(curriculum=EasyData(.25, start=3))),
-                             (Gaussian(.25), dict(curriculum=EasyData(.25, start=1, every=2))), (Gaussian(.25), dict(lr_drops=[1, 3])), (Gaussian(.25), dict(lr_drops=[2], lr_lag=1))]:
+    never = Gaussian(.25, num_noise=2, attack=partial(smoothed_pgd, eps=.2), ramp=lambda epoch: 0.)
+    late, rare = EasyData(.25, start=3), EasyData(.25, start=1, every=2)
+    for method, training in [(never, {}), (Gaussian(.25), dict(curriculum=late)), (Gaussian(.25), dict(curriculum=rare)),
+                             (Gaussian(.25), dict(lr_drops=[1, 3])), (Gaussian(.25), dict(lr_drops=[2], lr_lag=1))]:
         with pytest.raises(ValueError, match='epochs'): fit(model, method, DIGITS, 3, device='cpu', progress=False, **training)
     assert weights_hash(model) == before
 
