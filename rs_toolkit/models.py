@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
            'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash', 'device_of', 'check_model',
-           'frozen', 'answers', 'HalfSpace']
+           'frozen', 'exact_float32', 'answers', 'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
+import threading
 from contextlib import contextmanager
 from functools import partial
 
@@ -173,6 +174,32 @@ def frozen(model):
     finally:
         for m, was in training.items(): m.training = was
         for p, was in grads.items(): p.requires_grad_(was)
+
+# %% ../nbs/03_models.ipynb #a5fbd216
+def _precision_switches():
+    "Where torch keeps whether float32 may be computed with fewer bits, and the value that forbids it."
+    b = torch.backends
+    if not hasattr(b.cudnn, 'conv'):                                              # before torch 2.9
+        return [(place, 'allow_tf32', False) for place in (b.cuda.matmul, b.cudnn)]
+    places = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn]
+    return [(place, 'fp32_precision', 'ieee') for place in places]
+
+_exact_blocks, _exact_lock = [], threading.Lock()     # what the switches were before, once for each open block
+
+@contextmanager
+def exact_float32():
+    "Within the block: float32 means float32. No TF32 on a GPU, no bfloat16 in the products of a processor."
+    switches = _precision_switches()
+    with _exact_lock:
+        now = [getattr(place, name) for place, name, _ in switches]
+        _exact_blocks.append(_exact_blocks[0] if _exact_blocks else now)
+        for place, name, exact in switches: setattr(place, name, exact)
+    try: yield
+    finally:
+        with _exact_lock:
+            before = _exact_blocks.pop()
+            if not _exact_blocks:
+                for (place, name, _), value in zip(switches, before): setattr(place, name, value)
 
 # %% ../nbs/03_models.ipynb #ec37336d
 def _probe(image_shape):
