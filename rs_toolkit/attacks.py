@@ -69,7 +69,8 @@ def budget(
     if isinstance(eps, torch.Tensor):
         if not (eps.isfinite() & (eps >= 0)).all(): raise ValueError(f"eps must be positive for each image, got {eps.min():g} to {eps.max():g}")
         return eps[:, None, None, None] * strength
-    if check_number(eps, 'eps') == 0: raise ValueError("eps must be a positive number in [0,1]-pixel units, got 0")
+    eps = check_number(eps, 'eps')
+    if eps == 0: raise ValueError("eps must be a positive number in [0,1]-pixel units, got 0")
     return eps * strength
 
 # %% ../nbs/08_attacks.ipynb #af2f3e67

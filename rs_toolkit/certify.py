@@ -24,7 +24,7 @@ from .bounds import certified_radius, check_alpha, check_samples, check_sigma, l
 from .common import unknown
 from .data import check_images, check_labels, fingerprint
 from .log import LogWriter, read_log
-from .models import check_model, device_of, frozen, model_tensors, weights_hash
+from .models import check_model, device_of, exact_float32, frozen, model_tensors, weights_hash
 from .noise import CHUNK, ESTIMATION, PREDICTION, SELECTION, gaussian_noise, noise_chunk
 
 # %% ../nbs/05_certify.ipynb #0645274d
@@ -64,8 +64,8 @@ def _prepare(model, x, precision):
             logits = fast(x.contiguous(memory_format=torch.channels_last))
             if torch.allclose(logits, expected, rtol=1e-3, atol=1e-4*float(expected.abs().max())): run = fast
         except Exception: pass                       # what torch.fx cannot trace, or wants the usual memory order, runs as it is
-    def run_as_named(x):                             # float32 means float32: no TF32 on a GPU
-        with torch.autocast(x.device.type, getattr(torch, precision), enabled=precision != 'float32'), torch.backends.cudnn.flags(allow_tf32=precision != 'float32'):
+    def run_as_named(x):
+        with torch.autocast(x.device.type, getattr(torch, precision), enabled=precision != 'float32'), exact_float32():
             return run(x)
     return run_as_named
 

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 
 from .bounds import check_alpha, check_number, check_samples, check_sigma, lower_bound
 from .data import COUNTING, image_keys, images_at
-from .methods.core import total
+from .methods.core import check_epoch, duration_of, epoch_of, total
 from .models import device_of, frozen
 from .noise import gaussian_noise, noisy_logits
 
@@ -55,24 +55,39 @@ class EasyData:
     "Discard hard images once, then draw the rest by their approximate radius (Sun et al., 2024)."
     def __init__(self,
         sigma:float,        # noise level
-        start=60,           # epochs of plain training before, E_t
+        start=60,           # epochs of plain training before, E_t; or a part of the run, strictly between 0 and 1
         threshold=.5,       # smallest vote share that is kept, p_t; 0 keeps every image
         reweigh=True,       # draw by radius, or uniformly
-        every=10,           # epochs between two countings
+        every=10,           # epochs between two countings; or a part of the run
         seed=0,
         discard_noise=100,  # draws behind the discard
         count_noise=16,     # draws behind a weight
         alpha=.1,           # of the lower bound behind a weight
     ):
-        self.sigma, self.start, self.threshold, self.reweigh = check_sigma(sigma), int(check_number(start, 'start')), check_number(threshold, 'threshold', high=1.), bool(reweigh)
-        self.every, self.seed, self.alpha = check_samples(every, 'every'), seed, check_alpha(alpha)
-        self.discard_noise, self.count_noise = check_samples(discard_noise, 'discard_noise'), check_samples(count_noise, 'count_noise')
+        self.sigma = check_sigma(sigma)
+        self.start = check_epoch(start, 'start')
+        self.threshold = check_number(threshold, 'threshold', high=1.)
+        self.reweigh = bool(reweigh)
+        self.every = check_epoch(every, 'every') or check_samples(every, 'every')
+        self.seed = seed
+        self.alpha = check_alpha(alpha)
+        self.discard_noise = check_samples(discard_noise, 'discard_noise')
+        self.count_noise = check_samples(count_noise, 'count_noise')
         count_weights([0], self.count_noise, self.alpha)                           # too few votes show now
-        self.kept = self.weights = None
+        self.kept = self.weights = self.epochs = None
+
+    def start_run(self, epochs):
+        "Called by `fit` before any work: the length of the run. Refuses one in which a part would never act."
+        self.epochs = epochs
+        start = epoch_of(self.start, epochs, 'start')
+        if self.reweigh and self.every >= 1 and start + self.every >= epochs:
+            raise ValueError(f"every={self.every} is too long: after epoch {start} no image would be counted again in a run of {epochs} epochs. Give fewer epochs, "
+                             f"or a part of the run, strictly between 0 and 1 ({self.every} epochs of {10*self.every} are 0.1)")
 
     def __call__(self, model, data, epoch, augment=None, part=(0, 1)):
         "Weights [N] for this epoch, or None."
-        if epoch < self.start: return None
+        start = epoch_of(self.start, self.epochs, 'start')
+        if epoch < start: return None
         count = lambda index, n: right_votes(model, *data, index, self.sigma, n, self.seed, epoch, augment, part)
         if self.kept is None:
             share = count(torch.arange(len(data[0])), self.discard_noise) / self.discard_noise if self.threshold else torch.ones(len(data[0]))
@@ -80,7 +95,7 @@ class EasyData:
             if not self.kept.any():
                 raise ValueError(f"no training image reaches the vote share {self.threshold} in epoch {epoch} (the best has {share.max():.2f}): "
                                  "start later, lower the threshold, or look at the training before it")
-        if self.weights is None or (self.reweigh and (epoch - self.start) % self.every == 0):
+        if self.weights is None or (self.reweigh and (epoch - start) % duration_of(self.every, self.epochs, 'every') == 0):
             votes = count(self.kept.nonzero()[:, 0], self.count_noise) if self.reweigh else torch.zeros(len(self.kept), dtype=torch.long)
             self.weights = torch.as_tensor(count_weights(votes, self.count_noise, self.alpha)) * self.kept
         return self.weights

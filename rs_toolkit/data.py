@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['TORCHVISION', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER', 'MAPPING', 'DRAW', 'PREDICTIONS',
            'CRAFTING', 'COUNTING', 'VISIT', 'load', 'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys',
-           'batches', 'images_at', 'fingerprint', 'check_images', 'check_labels']
+           'batches', 'images_at', 'fingerprint', 'check_images', 'check_labels', 'Items']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from .bounds import plain_number
 from .common import locate, project_folder, unknown
 from .noise import key_seed
 
@@ -157,6 +160,16 @@ class Stream:
         "Random parts of the images, by `resized_crop`."
         return self._decode(resized_crop, index.tolist(), keys)
 
+    def some(self,
+        rows,            # numbers, in order
+    ):                   # a stream of these
+        part = copy(self)
+        part.names = [self.names[i] for i in rows]
+        part.shape = torch.Size([len(part.names), *self.shape[1:]])
+        return part
+
+    def identity(self)->str: return str([(name, (Path(self.folder)/name).stat().st_size) for name in self.names])
+
     def _decode(self, view, index, *keys):
         pixels = np.empty((len(index), 224, 224, 3), np.uint8)
         def decode(job):
@@ -245,44 +258,120 @@ def _check_weights(weights, size):
 def fingerprint(
     tensors,  # tensors or a `Stream`, in order
 )->str:       # 12 hex digits
-    "A hash of shapes, types and values; of a `Stream`, of the names and sizes of its files."
+    "A hash of shapes, types and values; of a `Stream` of files, of their names and sizes."
     h = hashlib.blake2b(digest_size=6)
     for t in tensors:
         h.update(f'{t.dtype}{list(t.shape)}'.encode())
-        if isinstance(t, Stream): h.update(str([(name, (Path(t.folder)/name).stat().st_size) for name in t.names]).encode())
+        if isinstance(t, Stream): h.update(t.identity().encode())
         else: h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 # %% ../nbs/02_data.ipynb #438076f2
 def check_images(
-    images,            # float32 [N, C, H, W] in [0, 1]; of a `Stream`, the first image is looked at
-    labels=None,       # int64 [N], or None
+    images,            # float32 [N, C, H, W] in [0, 1]: tensor, array, `Stream`, map-style data set of (image, label), or its DataLoader
+    labels=None,       # [N], whole numbers; None: unknown, or those of the data set
     num_classes=None,  # labels must be below this
-):
-    "Refuse what is not a batch of [0, 1] images with labels."
-    if isinstance(images, Stream):
-        if labels is not None: check_labels(labels, len(images), num_classes)
-        images, labels = images[:1], None
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.float32:
-        raise ValueError(f"images must be a float32 tensor in [0, 1], got {getattr(images, 'dtype', '')} {type(images).__name__}: "
-                         "convert 0-255 pixels with torch.as_tensor(images).float() / 255")
-    if images.dim() != 4: raise ValueError(f"images must be [N, C, H, W], got shape {list(images.shape)}")
+)->tuple:              # images: float32 tensor or `Stream`, and labels: int64 tensor or None
+    "The images and labels to work with; refuses what is not a batch of [0, 1] images with labels."
+    images = _as_images(images)
+    if labels is not None: labels = check_labels(labels, len(images), num_classes)
+    if not isinstance(images, Stream): _check_pixels(images)
+    elif len(images): _check_pixels(images[:1])
+    if len(images.shape) != 4: raise ValueError(f"images must be [N, C, H, W], got shape {list(images.shape)}")
     if len(images) == 0: raise ValueError("got an empty batch of images")
-    low, high = images.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"images must lie in [0, 1], got [{low:.4g}, {high:.4g}]: normalise inside the model with "
-                         "`Normalized(net, mean, std)`, so that sigma and radii stay in pixel units")
-    if labels is not None: check_labels(labels, len(images), num_classes)
+    return images, labels
 
 def check_labels(
-    labels,            # int64 [N]
+    labels,            # [N], whole numbers: tensor, array or list
     size:int,          # N, the number of images
     num_classes=None,  # labels must be below this
-):
-    "Refuse what is not one class for each image."
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (size,):
-        raise ValueError(f"labels must be an int64 tensor of shape [{size}], "
-                         f"got {getattr(labels, 'dtype', type(labels).__name__)} {list(getattr(labels, 'shape', []))}")
-    if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
-        raise ValueError(f"labels must lie in 0..{'K-1' if num_classes is None else num_classes-1}, got {labels.min()}..{labels.max()}: "
+)->torch.Tensor:       # int64 [N]
+    "The labels to work with; refuses what is not one class for each image."
+    try: given = labels if isinstance(labels, torch.Tensor) else torch.as_tensor(np.array(labels))
+    except (TypeError, ValueError): given = None
+    whole = given is not None and not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if not whole or given.shape != (size,):
+        raise ValueError(f"labels must be {size} whole numbers, one for each image, got {_what(labels if given is None else given)}")
+    given = given.long()
+    if given.min() < 0 or (num_classes is not None and given.max() >= num_classes):
+        raise ValueError(f"labels must lie in 0..{'K-1' if num_classes is None else num_classes-1}, got {given.min()}..{given.max()}: "
                          "does the model have another number of classes than the data?")
+    return given
+
+def _what(thing):
+    "What came, in a few words."
+    kind = type(thing).__name__
+    if not hasattr(thing, 'dtype'): return kind
+    return f"{str(thing.dtype).removeprefix('torch.')} {kind} of shape {list(thing.shape)}"
+
+def _as_images(images):
+    "A tensor or a `Stream`: no value changes."
+    if isinstance(images, DataLoader): return Items(_whole(images))
+    if isinstance(images, Dataset): return Items(images)
+    if isinstance(images, np.ndarray) and images.dtype.kind in 'fiu': images = torch.from_numpy(np.require(images, requirements='CW'))
+    if isinstance(images, torch.Tensor) and images.dtype in (torch.float16, torch.bfloat16): images = images.float()
+    return images
+
+def _whole(loader):
+    "The data set behind a loader that goes through all of it."
+    plain = loader.collate_fn is default_collate and isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+    if isinstance(loader.dataset, IterableDataset) or not plain or len(loader.sampler) != len(loader.dataset):
+        raise ValueError("a DataLoader is asked for its data set, image by image; this one has a collate_fn or a sampler of its own, or a data set without numbers: "
+                         "give a map-style data set of (image, label) instead")
+    return loader.dataset
+
+def _check_pixels(images, where=''):
+    "Refuse what is not float32 in [0, 1]."
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.float32:
+        kind = str(getattr(images, 'dtype', ''))
+        cure = (": convert 0-255 pixels with .float() / 255, or .astype('float32') / 255" if 'int' in kind else
+                ": round them with .float() or .astype('float32'); a certificate is about the image that the network sees" if 'float64' in kind else
+                ": give the data set transform=torchvision.transforms.ToTensor()" if where else "")
+        raise ValueError(f"images must be float32 in [0, 1], as a tensor or array [N, C, H, W]{where}, got {_what(images)}{cure}")
+    if images.numel() == 0: return
+    low, high = (float(v) for v in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        rounding = low > -1e-3 and high < 1.001
+        cure = ("that little is rounding: .clamp(0, 1) mends it, and a certificate is then about the clamped image" if rounding else
+                "normalise inside the model with `Normalized(net, mean, std)`, so that sigma and radii stay in pixel units")
+        digits = 9 if rounding else 4
+        raise ValueError(f"images must lie in [0, 1]{where}, got [{low:.{digits}g}, {high:.{digits}g}]: {cure}")
+
+# %% ../nbs/02_data.ipynb #e51098f6
+class Items(Stream):
+    "Images of a map-style data set of (image, label) pairs, read when they are looked at; otherwise like a tensor on the CPU."
+    def __init__(self,
+        dataset, # of torch: `dataset[i]` is an image float32 [C, H, W] in [0, 1], and its label
+    ):
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"{type(dataset).__name__} cannot be asked for image i: give a map-style data set, or tensors")
+        self.dataset, self.names = dataset, range(len(dataset))
+        if not len(dataset): raise ValueError("got an empty data set")
+        self.shape = torch.Size([len(dataset), *self._item(0)[0].shape])
+
+    def __getitem__(self, index):
+        rows = torch.arange(len(self))[index]
+        images = torch.empty(rows.numel(), *self.shape[1:], dtype=torch.float32)
+        for place, row in enumerate(rows.reshape(-1).tolist()): images[place] = self._item(row)[0]
+        return images.reshape(*rows.shape, *self.shape[1:])
+
+    def labels(self)->torch.Tensor:  # int64 [N]
+        "All labels, in one pass over the data set."
+        return check_labels([self._item(row)[1] for row in range(len(self))], len(self))
+
+    def identity(self)->str: return ''.join(fingerprint([self[row]]) for row in range(len(self)))
+
+    def augmented(self, index, keys): raise ValueError("images of a data set are augmented by its own transform: leave `augment` out")
+
+    def _item(self, row):
+        "Image and label, checked."
+        number = self.names[row]
+        item = self.dataset[number]
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise ValueError(f"a data set must give pairs (image, label), got {_what(item)} for item {number}")
+        image, label = _as_images(item[0]), plain_number(item[1])
+        _check_pixels(image, f" (item {number})")
+        shape = getattr(self, 'shape', [1, *image.shape])
+        if image.dim() != 3 or image.shape != tuple(shape[1:]):
+            raise ValueError(f"images of a data set must be [C, H, W] of one size: item {number} is {list(image.shape)}, the first is {list(shape[1:])}")
+        return image, label

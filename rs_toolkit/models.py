@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
            'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash', 'device_of', 'check_model',
-           'frozen', 'HalfSpace']
+           'frozen', 'exact_float32', 'answers', 'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
 import inspect
+import threading
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from .common import named, unknown
+from .common import named, same_answers, unknown
 from .data import fingerprint
 
 # %% ../nbs/03_models.ipynb #971bfa84
@@ -190,6 +192,55 @@ def frozen(model):
     finally:
         for m, was in training.items(): m.training = was
         for p, was in grads.items(): p.requires_grad_(was)
+
+# %% ../nbs/03_models.ipynb #a5fbd216
+def _precision_switches():
+    "Where torch keeps whether float32 may be computed with fewer bits, and the value that forbids it."
+    b = torch.backends
+    if not hasattr(b.cudnn, 'conv'): return [(place, 'allow_tf32', False) for place in (b.cuda.matmul, b.cudnn)]      # before torch 2.9
+    return [(place, 'fp32_precision', 'ieee') for place in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)]
+
+_exact_blocks, _exact_lock = [], threading.Lock()     # what the switches were before, once for each open block
+
+@contextmanager
+def exact_float32():
+    "Within the block: float32 means float32. No TF32 on a GPU, no bfloat16 in the products of a processor."
+    switches = _precision_switches()
+    with _exact_lock:
+        _exact_blocks.append(_exact_blocks[0] if _exact_blocks else [getattr(place, name) for place, name, _ in switches])
+        for place, name, exact in switches: setattr(place, name, exact)
+    try: yield
+    finally:
+        with _exact_lock:
+            before = _exact_blocks.pop()
+            if not _exact_blocks:
+                for (place, name, _), value in zip(switches, before): setattr(place, name, value)
+
+# %% ../nbs/03_models.ipynb #ec37336d
+def _probe(image_shape):
+    "Sixteen images in [0, 1], the same on every machine: grids of 1, 2, 4 and 8 random cells along each side."
+    channels, *size = image_shape
+    draw = np.random.RandomState(0)                              # RandomState: its stream is frozen for good
+    grids = [torch.from_numpy(draw.rand(4, channels, cells, cells)).float() for cells in (1, 2, 4, 8)]
+    return torch.cat([F.interpolate(grid, size, mode='nearest') for grid in grids])
+
+@torch.no_grad()
+def answers(
+    model,        # [b, C, H, W] -> [b, k]
+    image_shape,  # C, H, W
+)->str:           # four numbers; '' where the same image gets another answer each time, which identifies nothing
+    "What a model says to a fixed probe: tells two functions apart that have the same tensors."
+    images = _probe(image_shape).to(device_of(model))
+    half = next((t.dtype for t in model_tensors(model) if t.dtype in (torch.float16, torch.bfloat16)), None)
+    def ask():
+        with frozen(model), torch.autocast(images.device.type, half, enabled=half is not None):
+            logits = check_model(model, images)
+        logits = logits.detach().double().cpu().nan_to_num(0., 1e6, -1e6)
+        weights = torch.from_numpy(np.random.RandomState(1).randn(3, logits.numel()))
+        numbers = [logits.square().mean().sqrt(), *(weights @ logits.flatten() / logits.numel()**.5)]
+        return ' '.join(f'{float(number):.6g}' for number in numbers)
+    first = ask()
+    return first if same_answers(first, ask()) else ''
 
 # %% ../nbs/03_models.ipynb #b4e8bd46
 class HalfSpace(nn.Module):

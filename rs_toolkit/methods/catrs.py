@@ -16,11 +16,11 @@ from scipy.stats import binom
 from tqdm import tqdm
 
 from ..attacks import budget, clip_norm, climb, gradient, unit
-from ..bounds import check_number, check_samples
-from ..common import unknown, write_file
-from ..data import PREDICTIONS, VISIT, fingerprint, image_keys, images_at
+from ..bounds import check_number, check_samples, check_sigma, plain_number
+from ..common import same_answers, unknown, write_file
+from ..data import PREDICTIONS, VISIT, check_images, fingerprint, image_keys, images_at
 from .core import Method, Passes, check_classes
-from ..models import device_of, frozen, weights_hash
+from ..models import answers, device_of, exact_float32, frozen, weights_hash
 from ..noise import gaussian_noise, key_seed, noisy_cross_entropy, noisy_logits
 
 # %% ../../nbs/methods/catrs.ipynb #2e721545
@@ -41,6 +41,7 @@ def kl_attack(
 
 # %% ../../nbs/methods/catrs.ipynb #1984b968
 @torch.no_grad()
+@exact_float32()
 def smoothed_predictions(
     model,          # trained with Gaussian noise (the authors: sigma .25, for every sigma of CAT-RS)
     images,         # of training [N, C, H, W]
@@ -52,15 +53,20 @@ def smoothed_predictions(
     progress=True,  # text bar with ETA
 )->torch.Tensor:    # int32 [N, k], class counts
     "How often each training image is taken for each class under noise."
+    images, _ = check_images(images)
+    n, sigma, seed = check_samples(n, 'n'), check_sigma(sigma), plain_number(seed)
     device, counts, saved = device_of(model), [], time.monotonic()
     setup = dict(n=n, sigma=sigma, seed=seed, weights=weights_hash(model), images=fingerprint([images]) if isinstance(images, torch.Tensor) else len(images))
+    said = answers(model, images.shape[1:])
     if path and Path(path).exists():
         state = torch.load(path, weights_only=True)
         if state['setup'] != setup: raise ValueError(f"{path} holds predictions of another setting ({state['setup']}; now {setup}): choose another folder, or delete it")
+        if not same_answers(state.get('answers', ''), said):
+            raise ValueError(f"{path} holds predictions of another network: it has the same weights, and answers otherwise (another normalisation, say): choose another folder, or delete it")
         counts = [state['counts']]
     def write():
         content = io.BytesIO()
-        torch.save(dict(counts=torch.cat(counts), setup=setup), content)
+        torch.save(dict(counts=torch.cat(counts), setup=setup, answers=said), content)
         if path: write_file(path, content.getvalue())
         return time.monotonic()
     bar = tqdm(total=len(images), initial=sum(map(len, counts)), unit='img', mininterval=2, desc='smoothed predictions', disable=not progress)
@@ -98,8 +104,10 @@ class CATRS(Method):
         if not isinstance(predictions, torch.Tensor) or predictions.dim() != 2 or predictions.is_floating_point() or not (predictions.sum(1) > 0).all():
             raise ValueError("CAT-RS needs the class counts (whole numbers [N, k]) of every training image, "
                              f"got {f'{predictions.dtype} {list(predictions.shape)}' if isinstance(predictions, torch.Tensor) else repr(predictions)}: make them with `smoothed_predictions`")
-        budget(eps, 1.)
-        self.eps, self.steps, self.lbd, self.confidence = eps, check_samples(steps, 'steps'), check_number(lbd, 'lbd'), confidence
+        self.eps = budget(eps, 1.)
+        self.steps = check_samples(steps, 'steps')
+        self.lbd = check_number(lbd, 'lbd')
+        self.confidence = confidence
         self.register_buffer('predictions', predictions.int())
 
     @property
@@ -107,8 +115,8 @@ class CATRS(Method):
 
     def draw(self, p, index):
         "[b]: how many of an image's m copies to learn from, at least 1, for its confidence p [b]."
-        u = self.uniform(p, index).double().cpu().numpy()
-        return torch.as_tensor(np.maximum(binom.ppf(u, self.num_noise, p.double().cpu().numpy()), 1), dtype=torch.long, device=p.device)
+        u, chance = (v.cpu().double().numpy() for v in (self.uniform(p, index), p))           # not every device knows float64
+        return torch.as_tensor(np.maximum(binom.ppf(u, self.num_noise, chance), 1), dtype=torch.long, device=p.device)
 
     def forward(self, model, x, y, index=None):
         rows = torch.arange(len(x)) if index is None else index % VISIT

@@ -28,6 +28,8 @@ class CRT(Method):
         super().__init__(sigma, **kwargs)
         if match not in MATCHES: raise unknown('space to match', match, MATCHES)
         if norm not in NORMS: raise unknown('norm', norm, NORMS)
+        if not isinstance(teacher, torch.nn.Module):
+            raise ValueError(f"the teacher must be a network (a torch.nn.Module), got {type(teacher).__name__}: open a saved one with `rs_toolkit.checkpoint.load`")
         self.teacher, self.match, self.norm = teacher.eval().requires_grad_(False), match, norm
 
     @property

@@ -20,7 +20,8 @@ class Gaussian(Method):
         **kwargs,                # of `Method`
     ):
         super().__init__(sigma, **kwargs)
-        self.accumulate_noise, self.trained = accumulate_noise, self.num_noise if trained is None else check_samples(trained, 'trained')
+        self.accumulate_noise = bool(accumulate_noise)
+        self.trained = self.num_noise if trained is None else check_samples(trained, 'trained')
         if self.trained > self.num_noise: raise ValueError(f"only {self.num_noise} noises are drawn (num_noise), {self.trained} cannot be trained")
 
     @property

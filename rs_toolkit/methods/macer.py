@@ -10,30 +10,35 @@ import torch
 from torch.special import ndtri
 
 from ..bounds import check_number
-from .core import Method
+from .core import Method, check_epoch
 from ..noise import noisy_logits
 
 # %% ../../nbs/methods/macer.ipynb #85912c64
 class MACER(Method):
     "Maximise the soft certified radius of right answers (Zhai et al., 2020)."
+    timed = ('defer',)
+
     def __init__(self,
         sigma:float,  # noise level, in [0,1]-pixel units
         lbd=12.,      # weight of the radius
         gamma=8.,     # hinge: a gap of quantiles beyond which nothing is gained
         beta=16.,     # inverse temperature of the votes
-        defer=0,      # epochs without the radius term
+        defer=0,      # epochs without the radius term; or a part of the run, strictly between 0 and 1
         p_clip=0.,    # votes are taken as at most 1 - p_clip, which bounds the derivative of the quantile
         **kwargs,     # of `Method`; the authors draw num_noise=16
     ):
         super().__init__(sigma, **kwargs)
-        self.lbd, self.gamma, self.beta = check_number(lbd, 'lbd'), check_number(gamma, 'gamma'), check_number(beta, 'beta')
-        self.defer, self.p_clip = check_number(defer, 'defer'), check_number(p_clip, 'p_clip', high=.5)
+        self.lbd = check_number(lbd, 'lbd')
+        self.gamma = check_number(gamma, 'gamma')
+        self.beta = check_number(beta, 'beta')
+        self.defer = check_epoch(defer, 'defer')
+        self.p_clip = check_number(p_clip, 'p_clip', high=.5)
 
     def forward(self, model, x, y, index=None):
         logits = noisy_logits(model, x, self.noise(model, x, y, index))
         q = logits.softmax(-1).mean(0).gather(1, y[:, None])[:, 0]
         terms = {'ce': -(q + 1e-10).log().mean()}
-        if self.epoch < self.defer: return terms | {'radius': terms['ce'].new_zeros(())}
+        if self.epoch < self.at('defer'): return terms | {'radius': terms['ce'].new_zeros(())}
         s = (self.beta * logits).softmax(-1).mean(0)
         top, classes = s.topk(2)
         with torch.no_grad(): gap = ndtri(top[:, 0]) - ndtri(top[:, 1])

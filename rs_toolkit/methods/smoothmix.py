@@ -25,7 +25,10 @@ class SmoothMix(Method):
         super().__init__(sigma, **kwargs)
         if self.attack: raise ValueError("SmoothMix brings an attack of its own, whose `steps` and `step_size` are its arguments: leave `attack` out")
         if mix_step not in (0, 1): raise ValueError(f"mix_step must be 0 (the image) or 1 (the one-step adversary), got {mix_step!r}")
-        self.steps, self.step_size, self.eta, self.mix_step = check_samples(steps, 'steps'), check_number(step_size, 'step_size'), check_number(eta, 'eta'), mix_step
+        self.steps = check_samples(steps, 'steps')
+        self.step_size = check_number(step_size, 'step_size')
+        self.eta = check_number(eta, 'eta')
+        self.mix_step = int(mix_step)
         if self.step_size == 0: raise ValueError("step_size must be a positive number, got 0")
 
     @property

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.special import ndtri
 
-from ..bounds import check_number, check_samples
+from ..bounds import check_number, check_samples, plain_number
 from ..common import unknown
 from ..data import MAPPING
-from .core import Method, Passes, check_classes, share_gradients, total
+from .core import Method, Passes, check_classes, check_epoch, share_gradients, total
 from ..models import frozen
 from ..noise import gaussian_noise, noisy_logits
 
@@ -53,13 +53,15 @@ MAPPINGS = {'temperature': Temperature, 'residual': Residual, 'none': Mapping}
 # %% ../../nbs/methods/sodm.ipynb #5cf102e3
 class SODM(Method):
     "Optimise accuracy, then radius, through a learned map from logits to votes (SODM, CVPR 2021 submission, algorithm 1)."
+    timed = ('boost_from',)
+
     def __init__(self,
         sigma:float,            # noise level, in [0,1]-pixel units
         num_classes:int,        # of the network
         mapping='temperature',  # temperature, residual or none
         rho=.99,                # vote share beyond which an image is left alone
         beta=6.,                # weight of the radius
-        boost_from=None,        # epoch from which beta is multiplied by `boost`
+        boost_from=None,        # epoch (or part of the run, strictly between 0 and 1) from which beta is multiplied by `boost`; None: never
         boost=10.,
         mapping_noise=128,      # noise copies for the update of the mapping, n'
         interval=5,             # steps between two updates of the mapping
@@ -68,9 +70,14 @@ class SODM(Method):
     ):
         super().__init__(sigma, **kwargs)
         if mapping not in MAPPINGS: raise unknown('mapping', mapping, MAPPINGS)
+        rho = plain_number(rho)
         if not (isinstance(rho, float) and 0 < rho < 1): raise ValueError(f"rho is a vote share: it must lie in (0, 1) (0.99, say), got {rho!r}")
-        self.rho, self.beta, self.boost_from, self.boost = rho, check_number(beta, 'beta'), boost_from, check_number(boost, 'boost')
-        self.mapping_noise, self.interval = check_samples(mapping_noise, 'mapping_noise'), check_samples(interval, 'interval')
+        self.rho = rho
+        self.beta = check_number(beta, 'beta')
+        self.boost_from = None if boost_from is None else check_epoch(boost_from, 'boost_from')
+        self.boost = check_number(boost, 'boost')
+        self.mapping_noise = check_samples(mapping_noise, 'mapping_noise')
+        self.interval = check_samples(interval, 'interval')
         self.num_classes = check_samples(num_classes, 'num_classes')
         self.mapping = MAPPINGS[mapping](num_classes)
         weights = list(self.mapping.parameters())
@@ -91,7 +98,7 @@ class SODM(Method):
         log_gy, right = log_g.gather(1, y[:, None])[:, 0], log_g.argmax(1) == y
         g_y = log_gy.exp()
         wrong, weak = ~right, right & (g_y < self.rho)
-        beta = self.beta * (self.boost if self.boost_from is not None and self.epoch >= self.boost_from else 1)
+        beta = self.beta * (self.boost if self.epoch >= self.at('boost_from') else 1)
         terms = {'accuracy': -log_gy[wrong].sum() / len(y), 'radius': -beta * ndtri(g_y[weak]).sum() / len(y)}
         return terms if wrong.any() or weak.any() else {k: v.detach() for k, v in terms.items()}
 
