@@ -158,14 +158,14 @@ class Parts:
         "The curriculum; None if there is none."
         return self.chooser and hand(self.chooser, dict(sigma=self.sigma, seed=self.seed))
 
-    def rehearse(self):
-        "Make and call the parts once, on next to nothing: a wrong value shows now."
+    def rehearse(self)->tuple:  # method, curriculum
+        "Make the parts, and call the attack, once and on next to nothing: a wrong value shows now."
         curriculum = self.choice()
         lacks = [name for name in ('__call__', 'state_dict', 'load_state_dict') if self.chooser and not hasattr(curriculum, name)]
         if lacks: raise ValueError(f"curriculum {self.curriculum} has no {' and no '.join(lacks)}: it is called as curriculum(model, data, epoch, augment, part), "
                                    "and a resumed run needs its state (an empty dict, where it remembers nothing)")
         if self.mover: self._rehearse_attack()
-        self.objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
+        return self.objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2), curriculum
 
     def _rehearse_attack(self):
         try: inspect.signature(self.mover).bind('model', 'x', 'y', 'noise', strength=1.)
