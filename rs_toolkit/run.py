@@ -95,6 +95,7 @@ def part(
     name:str,    # a key of `known`, package.module:NAME, or none
     known:dict,  # name -> class or function
     args:dict,   # what it is given by name
+    base=None,   # what it must be a subclass of; None: any class or function
 )->partial:      # None for none
     "A part with its arguments; refuses those that it does not take, and asks for those that it needs."
     if name == 'none':
@@ -102,6 +103,8 @@ def part(
         return None
     make = named(kind, name, known)
     if not callable(make): raise ValueError(f"{kind} {name} must be a class or a function, got a {type(make).__name__}")
+    if base and not (inspect.isclass(make) and issubclass(make, base)):
+        raise ValueError(f"{kind} {name} must be a subclass of {base.__module__}.{base.__name__}, got {getattr(make, '__name__', type(make).__name__)}")
     takes = {k: p for k, p in arguments(make).items() if k not in GIVEN}
     for given in args:
         if given not in takes: raise unknown(f'argument of {kind} {name}', given, takes)
@@ -135,9 +138,8 @@ class Parts:
     def __post_init__(self):
         self.mover = part('attack', self.attack, ATTACKS, self.attack_args)
         self.chooser = part('curriculum', self.curriculum, CURRICULA, self.curriculum_args)
-        self.maker = part('method', self.method, METHODS, self.method_args)
-        if not (inspect.isclass(self.maker.func) and issubclass(self.maker.func, Method)):
-            raise ValueError(f"method {self.method} must be a subclass of rs_toolkit.methods.core.Method, got a {type(self.maker.func).__name__}")
+        self.maker = part('method', self.method, METHODS, self.method_args, Method)
+        if self.maker is None: raise ValueError(f"a run needs a method: name one of {', '.join(METHODS)}, package.module:NAME")
         takes = arguments(self.maker.func)
         asked = dict(attack=self.attack != 'none', ramp=self.ramp != {}, num_noise=self.num_noise != 1, seed=self.seed != 0)
         dropped = [name for name, given in asked.items() if given and name not in takes]
