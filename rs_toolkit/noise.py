@@ -46,12 +46,13 @@ def gaussian_noise(
     generator=None,  # torch.Generator, or a list of b keys (tuples of whole numbers), one per image
 )->torch.Tensor:     # [m, b, *image], float32
     "Independent N(0, sigma^2) noise for `num_noise` copies of each image."
-    noise = torch.empty(len(x), num_noise, *x.shape[1:], device=x.device, dtype=torch.float32)   # whatever the default type
+    device = getattr(generator, 'device', x.device)                                              # a generator draws where it is
+    noise = torch.empty(len(x), num_noise, *x.shape[1:], device=device, dtype=torch.float32)     # whatever the default type
     if isinstance(generator, (list, tuple)):
         if len(generator) != len(x): raise ValueError(f"one key per image: got {len(generator)} keys for {len(x)} images")
         for row, key in zip(noise, generator): fill_normal(row, *key)
     else: noise.normal_(generator=generator)
-    return noise.mul_(check_sigma(sigma)).transpose(0, 1)
+    return noise.mul_(check_sigma(sigma)).transpose(0, 1).to(x.device)
 
 # %% ../nbs/01_noise.ipynb #c1bdfe4e
 def as_logits(

@@ -43,7 +43,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
     shutil.copy(ROOT/'nbs/train.ipynb', book)
     subprocess.run([BIN/'nbdev_clean', '--fname', book], cwd=ROOT, env=ENV, check=True)
     given = dict(dataset='digits', arch='mlp', arch_args=dict(width=32), method='crt', method_args=dict(match='softmax', norm='l2_squared'), num_noise=2,
-                 attack='sphere', attack_args=dict(eps=.1, steps=2), ramp=dict(switch_on=1), curriculum='easy_data', curriculum_args=dict(start=1, threshold=.1), teacher=str(teacher),
+                 attack='sphere', attack_args=dict(eps=.1, steps=2), ramp=dict(switch_on=1), curriculum='easy_data', curriculum_args=dict(start=1, threshold=.1, every=1), teacher=str(teacher),
                  teacher_noise=.5, teacher_samples=9, sigma=.25, epochs=3, batch_size=32, micro_batch=20, optimizer='adam', lr=.005, weight_decay=5e-4, schedule='cosine', lr_drops=[2],
                  lr_lag=1, augment='none', normalization='none', train_every=2, seed=3, processes=1, device='cpu', precision='bfloat16',
                  n0=50, n=300, alpha=.01, every=60, out=str(tmp_path/'run'))

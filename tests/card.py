@@ -1,0 +1,89 @@
+"""A graphics card for machines that have none.
+
+`card()` gives torch a device `cuda:0` whose tensors lie in ordinary memory. It computes with the processor's numbers, and is as strict as a card: tensors of two devices do not meet,
+a generator belongs to its device, and what goes to NumPy must be fetched first. So code for a card can be run, line by line, and must end with the processor's result, bit for bit.
+"""
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CARD = torch.device('cuda:0')
+CPU = torch.device('cpu')
+MIXED = 'Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!'
+Generator = torch.Generator
+
+class OnCard(torch.Tensor):
+    "A tensor on the card; `held` has its numbers."
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+                                                   device='meta', requires_grad=held.requires_grad)
+
+    def __init__(self, held): self.held = held
+    device = property(lambda self: CARD)
+    is_meta = False
+    def new_tensor(self, data): return torch.tensor(data, dtype=self.dtype, device=CARD)
+    def __repr__(self): return f'OnCard({self.held})'
+    def __deepcopy__(self, memo): return torch.nn.Parameter(self.detach().clone(), self.requires_grad) if isinstance(self, torch.nn.Parameter) else self.clone()
+    def __reduce_ex__(self, protocol): return self.detach().cpu().__reduce_ex__(protocol)          # as `map_location='cpu'` would read it
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None): return compute(function, args, kwargs or {})
+
+def compute(function, args, kwargs):
+    "What an operation gives, where its tensors are; raises where a card would."
+    name = function._schema.name.removeprefix('aten::')
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    there = [t for t in tensors if isinstance(t, OnCard)]
+    target = kwargs.get('device')
+    if there and name not in ('_to_copy', 'copy_'):
+        strict = [args[0], *args[2:]] if name.startswith(('index_put', '_index_put', 'index.')) or name == 'index' else (args, kwargs)   # an index may lie on the processor
+        here = [t for t in tree_leaves(strict) if isinstance(t, torch.Tensor) and not isinstance(t, OnCard) and t.dim()]
+        if here: raise RuntimeError(f'{name}: {MIXED}')
+    if kwargs.get('generator') is not None and there and kwargs['generator']._cdata not in ON_CARD:
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+    fetch = lambda thing: thing.held if isinstance(thing, OnCard) else thing
+    plain = tree_map(fetch, kwargs) | ({'device': CPU} if target is not None else {})
+    result = function(*tree_map(fetch, args), **plain)
+    stays = isinstance(args[0], OnCard) if name == 'copy_' else target.type != 'cpu' if target is not None else bool(there)
+    if not stays: return result
+    known = {id(t.held): t for t in there}                                                          # what was changed in place is the same tensor
+    lift = lambda t: known[id(t)] if id(t) in known else OnCard(t)
+    return tree_map(lambda t: lift(t) if isinstance(t, torch.Tensor) else t, result)
+
+class Machine(TorchDispatchMode):
+    "Sends what is made on the card there."
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None): return compute(function, args, kwargs or {})
+
+ON_CARD = set()                                                # generators of the card, by address
+
+def generator(device='cpu'):
+    made = Generator()
+    (ON_CARD.add if torch.device(device).type == 'cuda' else ON_CARD.discard)(made._cdata)
+    return made
+
+@contextmanager
+def card(count=1, current=0):
+    "Within the block this machine has `count` cards; tensors can be put on the first."
+    states = {'get_rng_state': lambda device=None: torch.full((16,), 7, dtype=torch.uint8), 'set_rng_state': mock.Mock()}
+    cuda = dict(is_available=lambda: True, device_count=lambda: count, current_device=lambda: current, set_device=mock.Mock(side_effect=_indexed),
+                get_device_name=lambda device=None: 'Stand-in', _lazy_init=lambda: None, is_initialized=lambda: False, **states)
+    with ExitStack() as stack:
+        for name, value in cuda.items(): stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch, 'Generator', generator))
+        stack.enter_context(mock.patch.object(torch.accelerator, 'current_stream', lambda device=None: SimpleNamespace(is_capturing=lambda: False)))
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, torch.__future__.get_swap_module_params_on_conversion())
+        torch.__future__.set_swap_module_params_on_conversion(True)                                  # parameters stay the same objects, as on a card
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
+        stack.enter_context(Machine())
+        yield torch.cuda
+
+def _indexed(device):
+    if torch.device(device).index is None: raise ValueError(f'Expected a torch.device with a specified index or an integer, but got:{device}')
