@@ -8,9 +8,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import yaml
 from torchvision.transforms.functional import to_pil_image
 
-from test_runs import BIN, ROOT, command, record
+from test_runs import ROOT, command, record
 
 def from_elsewhere(folder, *words):
     "Run a command in `folder`, which is its home, too."
@@ -46,12 +47,16 @@ def test_runs_from_anywhere_find_what_comes_with_the_package(tmp_path):
     from_elsewhere(tmp_path, *command('certify', tmp_path/'executed', checkpoint='data/digits-crt', n=100, every=60, device='cpu'))
     assert (tmp_path/'runs/certify-digits-crt-0.25/metrics.json').exists()               # runs/ of where one works
 
-@pytest.mark.parametrize('name', ['train', 'certify'])
+def markdown(path):
+    return path.read_text() if path.suffix == '.md' else '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+
+@pytest.mark.parametrize('name', ['nbs/train.ipynb', 'nbs/certify.ipynb', 'recipes/README.md'])
 def test_commands_can_be_copied(name):
-    cells = nbformat.read(ROOT/f'nbs/{name}.ipynb', 4).cells
-    blocks = re.findall(r'```bash\n(.*?)```', '\n'.join(c.source for c in cells if c.cell_type == 'markdown'), re.S)
-    commands = [line for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r'```bash\n(.*?)```', markdown(ROOT/name), re.S)
+    commands = [line for block in blocks for line in block.splitlines() if not line.startswith('#')]
     assert commands
     for line in commands:
-        made, book, executed, out = re.fullmatch(r'mkdir -p (\S+) && papermill (\S+) (\S+) .*-p out (\S+)', line).groups()
-        assert made == out == str(Path(executed).parent) and (ROOT/book).exists()
+        made, book, executed = re.fullmatch(r"mkdir -p (\S+) && .*papermill (\S+) (\S+) .*", line).groups()
+        recipe, out = re.search(r'-f (\S+)', line), re.search(r'-p out (\S+)', line)
+        place = out[1] if out else yaml.safe_load((ROOT/recipe[1]).read_text())['out']
+        assert made == place == str(Path(executed).parent) and (ROOT/book).exists()
