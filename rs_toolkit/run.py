@@ -75,7 +75,8 @@ METHODS = {'gaussian': Gaussian, 'stability': Stability, 'macer': MACER, 'consis
            'smoothmix': SmoothMix, 'catrs': CATRS, 'sodm': SODM, 'crt': CRT}
 
 # what a run itself hands to its parts: not among the arguments that one passes
-GIVEN = ('model', 'x', 'y', 'noise', 'strength', 'sigma', 'num_noise', 'seed', 'attack', 'ramp', 'teacher', 'predictions', 'num_classes')
+GIVEN = ('model', 'x', 'y', 'noise', 'strength', 'sigma', 'num_noise', 'seed', 'attack', 'ramp',
+         'teacher', 'predictions', 'num_classes')
 
 def arguments(
     make,    # class or function
@@ -99,17 +100,21 @@ def part(
 )->partial:      # None for none
     "A part with its arguments; refuses those that it does not take, and asks for those that it needs."
     if name == 'none':
-        if args: raise ValueError(f"{kind}_args {args} were given, but no {kind}: name one of {', '.join(known)}, package.module:NAME")
+        names = ', '.join([*known, 'package.module:NAME'])
+        if args: raise ValueError(f"{kind}_args {args} were given, but no {kind}: name one of {names}")
         return None
     make = named(kind, name, known)
     if not callable(make): raise ValueError(f"{kind} {name} must be a class or a function, got a {type(make).__name__}")
     if base and not (inspect.isclass(make) and issubclass(make, base)):
-        raise ValueError(f"{kind} {name} must be a subclass of {base.__module__}.{base.__name__}, got {getattr(make, '__name__', type(make).__name__)}")
+        came = getattr(make, '__name__', type(make).__name__)
+        raise ValueError(f"{kind} {name} must be a subclass of {base.__module__}.{base.__name__}, got {came}")
     takes = {k: p for k, p in arguments(make).items() if k not in GIVEN}
     for given in args:
         if given not in takes: raise unknown(f'argument of {kind} {name}', given, takes)
     missing = [k for k, p in takes.items() if p.default is p.empty and k not in args]
-    if missing: raise ValueError(f"{kind} {name} needs {' and '.join(missing)}: pass -y '{kind}_args: {{{missing[0]}: ...}}'")
+    if missing:
+        example = f"'{kind}_args: {{{missing[0]}: ...}}'"
+        raise ValueError(f"{kind} {name} needs {' and '.join(missing)}: pass -y {example}")
     return partial(make, **args)
 
 def hand(
@@ -139,11 +144,14 @@ class Parts:
         self.mover = part('attack', self.attack, ATTACKS, self.attack_args)
         self.chooser = part('curriculum', self.curriculum, CURRICULA, self.curriculum_args)
         self.maker = part('method', self.method, METHODS, self.method_args, Method)
-        if self.maker is None: raise ValueError(f"a run needs a method: name one of {', '.join(METHODS)}, package.module:NAME")
+        if self.maker is None:
+            raise ValueError(f"a run needs a method: name one of {', '.join(METHODS)}, package.module:NAME")
         takes = arguments(self.maker.func)
-        asked = dict(attack=self.attack != 'none', ramp=self.ramp != {}, num_noise=self.num_noise != 1, seed=self.seed != 0)
-        dropped = [name for name, given in asked.items() if given and name not in takes]
-        if dropped: raise ValueError(f"method {self.method} takes no {' and no '.join(dropped)}: leave that out, or let its __init__ pass **kwargs on to Method")
+        neutral = dict(attack='none', ramp={}, num_noise=1, seed=0)
+        dropped = [name for name, value in neutral.items() if name not in takes and getattr(self, name) != value]
+        if dropped:
+            raise ValueError(f"method {self.method} takes no {' and no '.join(dropped)}: "
+                             "leave that out, or let its __init__ pass **kwargs on to Method")
         self.needs = [name for name in ('teacher', 'predictions', 'num_classes') if name in takes]
 
     @property
@@ -153,8 +161,8 @@ class Parts:
         **found,  # teacher, predictions, num_classes: what the method needs of them
     )->Method:
         "The method, with all that was given for it, and what was found on the way."
-        ours = dict(sigma=self.sigma, num_noise=self.num_noise, seed=self.seed, attack=self.mover, ramp=ramp_of(self.ramp))
-        return hand(self.maker, ours | found)
+        ours = dict(sigma=self.sigma, num_noise=self.num_noise, seed=self.seed)
+        return hand(self.maker, ours | dict(attack=self.mover, ramp=ramp_of(self.ramp)) | found)
 
     def choice(self):
         "The curriculum; None if there is none."
@@ -163,15 +171,22 @@ class Parts:
     def rehearse(self)->tuple:  # method, curriculum
         "Make the parts, and call the attack, once and on next to nothing: a wrong value shows now."
         curriculum = self.choice()
-        lacks = [name for name in ('__call__', 'state_dict', 'load_state_dict') if self.chooser and not hasattr(curriculum, name)]
-        if lacks: raise ValueError(f"curriculum {self.curriculum} has no {' and no '.join(lacks)}: it is called as curriculum(model, data, epoch, augment, part), "
-                                   "and a resumed run needs its state (an empty dict, where it remembers nothing)")
+        if self.chooser: self._rehearse_curriculum(curriculum)
         if self.mover: self._rehearse_attack()
-        return self.objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2), curriculum
+        stand_in = dict(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
+        return self.objective(**stand_in), curriculum
+
+    def _rehearse_curriculum(self, curriculum):
+        lacks = [name for name in ('__call__', 'state_dict', 'load_state_dict') if not hasattr(curriculum, name)]
+        if lacks:
+            raise ValueError(f"curriculum {self.curriculum} has no {' and no '.join(lacks)}: it is called as "
+                             "curriculum(model, data, epoch, augment, part), and a resumed run needs its state "
+                             "(an empty dict, where it remembers nothing)")
 
     def _rehearse_attack(self):
         try: inspect.signature(self.mover).bind('model', 'x', 'y', 'noise', strength=1.)
-        except TypeError as e: raise ValueError(f"attack {self.attack} must answer to attack(model, x, y, noise, strength=1.): {e}") from None
+        except TypeError as e:
+            raise ValueError(f"attack {self.attack} must answer to attack(model, x, y, noise, strength=1.): {e}") from None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             x, y = torch.rand(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)
@@ -179,7 +194,8 @@ class Parts:
             moved = self.mover(build('mlp', 2, 3, 32), x, y, noise, strength=1.)
         if getattr(moved, 'shape', None) != noise.shape:
             came = list(moved.shape) if isinstance(moved, torch.Tensor) else type(moved).__name__
-            raise ValueError(f"attack {self.attack} must return the moved noise [m, b, C, H, W], {list(noise.shape)} here, got {came}")
+            raise ValueError(f"attack {self.attack} must return the moved noise [m, b, C, H, W], {list(noise.shape)} here, "
+                             f"got {came}")
 
 # %% ../nbs/12_run.ipynb #80c92177
 def tell(
@@ -211,12 +227,14 @@ def environment(
     device=None,  # torch device in use
 )->dict:
     "Versions, revision and machine: what else a result depends on."
+    versions = {package: version(package) for package in ('torch', 'torchvision', 'numpy', 'scipy')}
+    versions['python'] = platform.python_version()
     cuda = device is not None and torch.device(device).type == 'cuda'
-    return dict(versions={p: version(p) for p in ('torch', 'torchvision', 'numpy', 'scipy')} | {'python': platform.python_version()},
-                revision=revision(), device=str(device),
-                hardware=torch.cuda.get_device_name(device) if cuda else f'{cpu_name()}, torch threads: {torch.get_num_threads()}')
+    hardware = torch.cuda.get_device_name(device) if cuda else f'{cpu_name()}, torch threads: {torch.get_num_threads()}'
+    return dict(versions=versions, revision=revision(), device=str(device), hardware=hardware)
 
-def revision()->str:  # 12 hex digits, with -dirty where files were changed; None: this code is in no repository of its own
+def revision(
+)->str:  # 12 hex digits, with -dirty where files were changed; None: this code is in no repository of its own
     "The commit of the package's own repository: an installed package may lie in somebody else's."
     folder = package_folder()
     settings = ConfigParser(delimiters=['='], interpolation=None)
@@ -224,7 +242,8 @@ def revision()->str:  # 12 hex digits, with -dirty where files were changed; Non
     if settings.defaults().get('lib_name') != 'rs_toolkit' or shutil.which('git') is None: return None
     git = lambda *words: subprocess.run(['git', *words], cwd=folder, capture_output=True, text=True).stdout.strip()
     top = git('rev-parse', '--show-toplevel')
-    return git('describe', '--always', '--dirty', '--abbrev=12', '--exclude=*') if top and Path(top).resolve() == folder else None
+    if top == '' or Path(top).resolve() != folder: return None
+    return git('describe', '--always', '--dirty', '--abbrev=12', '--exclude=*') or None
 
 def cpu_name()->str:
     "The processor, as the system calls it."
@@ -237,7 +256,7 @@ def open_run(
     default,       # what to call the folder; what no file name may hold becomes a dash
     parameters,    # name -> value
     device=None,   # torch device in use
-    rank=0,        # of this process among those of the run: the first one holds the folder and writes, the others compare
+    rank=0,        # of this process among those of the run: 0 holds the folder and writes, the others compare
 )->tuple:          # the folder, with config.json in it; its lock, to release at the end (None for the other processes)
     "Begin a run, or go on with one that was begun with the same parameters. One run at a time."
     folder = Path(out).expanduser() if out else project_folder()/'runs'/re.sub(r'[^\w.-]+', '-', default)
@@ -258,9 +277,11 @@ def _begin(folder, parameters, here, writes):
         return
     record = json.loads(config.read_text())
     before = record['parameters']
-    changed = [k for k, v in parameters.items() if k != 'out' and before.get(k) != v and (k in before or v)]    # new since then, and off: no change
-    differ = [f"{k}: {before.get(k)!r} then, {parameters[k]!r} now" for k in changed]
-    if differ: raise ValueError(f"{folder} holds a run with other parameters ({'; '.join(differ)}): choose another `out`, or delete the folder")
+    there = {k: v for k, v in parameters.items() if k != 'out' and (k in before or v)}     # new and off: no change
+    differ = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in there.items() if before.get(k) != v]
+    if differ:
+        raise ValueError(f"{folder} holds a run with other parameters ({'; '.join(differ)}): "
+                         "choose another `out`, or delete the folder")
     if writes and here not in record['environments']: note(folder, environments=record['environments'] + [here])
 
 def note(
