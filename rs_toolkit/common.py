@@ -134,6 +134,7 @@ def interruptible(
     if ours: signal.signal(signal.SIGTERM, stop)
     try: yield
     except KeyboardInterrupt as e:
-        raise KeyboardInterrupt(f"stopped by {str(e) or 'Ctrl-C'}. {how}") from None
+        signal_name = str(e).removeprefix('stopped by ').partition('. ')[0] or 'Ctrl-C'      # of an inner block that has said so already
+        raise KeyboardInterrupt(f"stopped by {signal_name}. {how}") from None
     finally:
         if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -8,6 +8,7 @@ __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'Cifar
            'frozen', 'exact_float32', 'answers', 'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
+import inspect
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from .common import same_answers, unknown
+from .common import named, same_answers, unknown
 from .data import fingerprint
 
 # %% ../nbs/03_models.ipynb #971bfa84
@@ -55,15 +56,16 @@ class BasicBlock(nn.Module):
 
 class CifarResNet(nn.Module):
     "ResNet of depth 6n + 2 for 32x32 images (He et al., 2016, with projection shortcuts)."
-    def __init__(self, depth:int, num_classes:int, in_channels=3):
+    def __init__(self, depth:int, num_classes:int, in_channels=3, width=16):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        widths, blocks = [16, 16, 32, 64], (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        widths = [width, width, 2*width, 4*width]
+        blocks = (depth - 2) // 6
         for i in 1, 2, 3:
             setattr(self, f'layer{i}', nn.Sequential(*[BasicBlock(widths[i - (j == 0)], widths[i], 2 if i > 1 and j == 0 else 1)
                                                        for j in range(blocks)]))
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(4*width, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
@@ -89,10 +91,12 @@ def mlp(num_classes:int, in_channels=1, image_size=8, width=128):
     return nn.Sequential(nn.Flatten(), nn.Linear(in_channels*image_size**2, width), nn.ReLU(),
                          nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
 
-def small_cnn(num_classes:int, in_channels=1):
+def small_cnn(num_classes:int, in_channels=1, width=16):
     "Three convolutions without batch-norm, then a linear head; any image size from 8x8."
-    return nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
-                         nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, num_classes))
+    return nn.Sequential(nn.Conv2d(in_channels, width, 3, 1, 1), nn.ReLU(),
+                         nn.Conv2d(width, 2*width, 3, 2, 1), nn.ReLU(),
+                         nn.Conv2d(2*width, 4*width, 3, 2, 1), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16*width, num_classes))
 
 # %% ../nbs/03_models.ipynb #c91fabe5
 FAMILIES = ('resnet', 'wide_resnet', 'resnext', 'regnet')
@@ -120,19 +124,33 @@ def model_names()->list:
     return [*MODELS, *(n for n in torchvision.models.list_models(torchvision.models) if n.startswith(FAMILIES))]
 
 def build(
-    name:str,          # mlp, small_cnn, lenet, cifar_resnet20 ... or a torchvision ResNet, ResNeXt or RegNet
+    name:str,          # mlp, small_cnn, lenet, cifar_resnet20 ..., a torchvision ResNet, ResNeXt or RegNet, or package.module:Net
     num_classes:int,   # logits
     in_channels=3,     # of the images
     image_size=32,     # pixels along one side
     mean=None,         # by which the first layer normalises; None: not at all
     std=None,
+    **arch_args,       # what else the network takes, such as width=32
 )->Normalized:         # freshly initialised, in training mode
     "A `Normalized` network by name."
-    if name not in model_names(): raise unknown('model', name, model_names())
+    zoo = {n: partial(torchvision_net, n) for n in model_names() if n not in MODELS}
+    make = named('model', name, MODELS | zoo)
     if name == 'lenet' and image_size != 28: raise ValueError(f"lenet is made for 28x28 images, got {image_size}x{image_size}: use small_cnn or mlp")
-    make = MODELS.get(name, partial(torchvision_net, name))
-    sized = {} if name in MODELS and name != 'mlp' else dict(image_size=image_size)
-    return Normalized(make(num_classes, in_channels=in_channels, **sized), mean, std)
+    shape = dict(in_channels=in_channels, image_size=image_size)
+    takes = inspect.signature(make).parameters
+    free = any(p.kind == p.VAR_KEYWORD for p in takes.values())
+    if not free: _check_arguments(name, takes, arch_args)
+    net = make(num_classes=num_classes, **{k: v for k, v in shape.items() if k in takes}, **arch_args)
+    if not isinstance(net, nn.Module): raise ValueError(f"model {name!r} must make a torch.nn.Module, got {type(net).__name__}")
+    return Normalized(net, mean, std)
+
+def _check_arguments(name, takes, given):
+    "Refuse what the network does not take, before it says so in its own words."
+    if 'num_classes' not in takes: raise ValueError(f"model {name!r} is given num_classes, and takes only: {', '.join(takes) or 'nothing'}")
+    others = [k for k in takes if k not in ('num_classes', 'in_channels', 'image_size')]
+    for k in given:
+        if not others: raise ValueError(f"model {name!r} takes no further arguments, got {k!r}")
+        if k not in others: raise unknown(f'argument of model {name}', k, others)
 
 # %% ../nbs/03_models.ipynb #7744f485
 def model_tensors(model)->list:

@@ -67,7 +67,7 @@ def test_train_builds_what_the_recipe_says(path, cells):
     recipe = read(path)
     space = run(cells, recipe)
     assert {k: space['config'][k] for k in recipe} == recipe                                   # converted: 1 is 1.0, nothing else
-    method = space['objective'](teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
+    method = space['parts'].objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
     assert type(method).__name__.lower() == recipe['method'] and (method.sigma, method.num_noise) == (recipe['sigma'], recipe['num_noise'])
     args = dict(recipe.get('method_args', {}))
     if recipe['method'] == 'sodm':
@@ -75,14 +75,14 @@ def test_train_builds_what_the_recipe_says(path, cells):
     assert {k: getattr(method, k) for k in args} == args
     assert (method.attack is None) == ('attack' not in recipe)
     if method.attack: assert method.attack.func is ATTACKS[recipe['attack']] and method.attack.keywords == recipe['attack_args']
-    choice = space['choice']()
+    choice = space['parts'].choice()
     check_run(recipe['epochs'], method, choice, *(recipe.get(k) for k in ('schedule', 'lr_drops')))
     for epoch in range(0, recipe['epochs'], 5):
         method.start_epoch(epoch)
         assert method.strength == pytest.approx(ramp(recipe.get('ramp', {}), epoch, recipe['epochs']))
     assert (choice is None) == ('curriculum' not in recipe)
     if choice: assert choice.sigma == recipe['sigma'] and {k: getattr(choice, k) for k in recipe['curriculum_args']} == recipe['curriculum_args']
-    assert space['learns'] == ('teacher' in recipe or recipe['method'] == 'catrs')
+    assert space['parts'].learns == ('teacher' in recipe or recipe['method'] == 'catrs')
 
 TIMED = [('cifar10/acr_0.25', 'switch_on=60'), ('cifar10/smoothadv_0.25', 'warm_up=10'), ('cifar10/macer_1.0', 'defer=50'),
          ('cifar10/sodm_0.25', 'boost_from=35'), ('cifar10/gaussian_0.25', 'lr_drops=50'), ('imagenet/catrs_1.0', 'double_from=80')]
@@ -93,25 +93,26 @@ def test_a_published_recipe_that_is_cut_short_says_so(recipe, part, cells):
     given = read(ROOT/'recipes'/f'{recipe}.yaml')
     short = 5
     space = run(cells, given)
-    method = space['objective'](teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
+    method = space['parts'].objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
     with pytest.raises(ValueError, match=f'{part} is never reached in a run of {short} epochs.*a part of the run'):
-        check_run(short, method, space['choice'](), given['schedule'], given['lr_drops'])
+        check_run(short, method, space['parts'].choice(), given['schedule'], given['lr_drops'])
 
 @pytest.mark.parametrize('path', [p for p in RECIPES if p.parent.name == 'digits'], ids=name)
 @pytest.mark.parametrize('epochs', [2, 20, 50])
 def test_a_shortened_recipe_for_digits_is_a_shortened_recipe(path, epochs, cells):
     recipe = read(path)
     space = run(cells, recipe | dict(epochs=epochs))
-    method = space['objective'](teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
-    check_run(epochs, method, space['choice'](), recipe['schedule'])
+    method = space['parts'].objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
+    check_run(epochs, method, space['parts'].choice(), recipe['schedule'])
     strengths = [method.strength_at(epoch) for epoch in range(epochs)]
     assert max(strengths) == 1 and strengths.count(0) == (int(.4*epochs) if 'switch_on' in recipe.get('ramp', {}) else 0)
 
 @pytest.mark.parametrize('change', re.findall("-y '(.*?)'`", (ROOT/'recipes/README.md').read_text()))
 def test_the_acr_recipe_can_lose_a_part_as_its_readme_says(change, cells):
     space = run(cells, read(ROOT/'recipes/cifar10/acr_0.25.yaml') | yaml.safe_load(change))
-    parts = bool(space['mover']), bool(space['chooser'] and space['choice']().threshold), bool(space['chooser'] and space['choice']().reweigh)
-    assert False in parts and True in parts
+    choice = space['parts'].choice()
+    kept = bool(space['parts'].mover), bool(choice and choice.threshold), bool(choice and choice.reweigh)
+    assert False in kept and True in kept
 
 @pytest.mark.parametrize('recipe, change, says', [
     ('gaussian_0.5', dict(num_nose=2), "unknown parameter 'num_nose': did you mean 'num_noise'"),

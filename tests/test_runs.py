@@ -1,10 +1,11 @@
 """The run notebooks through papermill: what is passed arrives, a misspelt name stops, a kill costs nothing."""
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shlex, shutil, signal, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -21,8 +22,10 @@ def command(book, folder, **parameters):
     folder.mkdir(parents=True, exist_ok=True)
     return [str(BIN/'papermill'), str(book if Path(book).is_absolute() else ROOT/'nbs'/f'{book}.ipynb'), str(folder/'executed.ipynb'), '--no-progress-bar', '-y', json.dumps(parameters)]
 
-def mill(book, folder, **parameters):
-    return subprocess.run(command(book, folder, **parameters), cwd=ROOT, env=ENV, capture_output=True, text=True)
+def mill(book, folder, path=None, **parameters):
+    "Run it; `path` is a folder with modules of one's own."
+    env = ENV if path is None else ENV | {'PYTHONPATH': f"{ENV['PYTHONPATH']}{os.pathsep}{path}"}
+    return subprocess.run(command(book, folder, **parameters), cwd=ROOT, env=env, capture_output=True, text=True)
 
 def succeed(*args, **kwargs):
     done = mill(*args, **kwargs)
@@ -40,7 +43,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
     book = tmp_path/'train.ipynb'
     shutil.copy(ROOT/'nbs/train.ipynb', book)
     subprocess.run([BIN/'nbdev_clean', '--fname', book], cwd=ROOT, env=ENV, check=True)
-    given = dict(dataset='digits', arch='mlp', method='crt', method_args=dict(match='softmax', norm='l2_squared'), num_noise=2,
+    given = dict(dataset='digits', arch='mlp', arch_args=dict(width=32), method='crt', method_args=dict(match='softmax', norm='l2_squared'), num_noise=2,
                  attack='sphere', attack_args=dict(eps=.1, steps=2), ramp=dict(switch_on=1), curriculum='easy_data', curriculum_args=dict(start=1, threshold=.1, every=1), teacher=str(teacher),
                  teacher_noise=.5, teacher_samples=9, sigma=.25, epochs=3, batch_size=32, micro_batch=20, optimizer='adam', lr=.005, weight_decay=5e-4, schedule='cosine', lr_drops=[2],
                  lr_lag=1, augment='none', normalization='none', train_every=2, seed=3, processes=1, device='cpu', precision='bfloat16',
@@ -52,6 +55,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
     log = read_log(tmp_path/'run/certify.tsv')
     assert len(log) == 6 and log[['n0', 'n', 'alpha', 'sigma', 'seed', 'precision']].iloc[0].tolist() == [50, 300, .01, .25, 3, 'bfloat16']
     assert len(pd.read_csv(tmp_path/'run/history.csv')) == 3 and record(tmp_path/'run')['match'] == 'softmax'
+    assert record(tmp_path/'run')['arch_width'] == 32
 
 def test_a_run_folder_is_complete(teacher):
     assert {p.name for p in teacher.iterdir()} >= {'executed.ipynb', 'config.json', 'history.csv', 'model.safetensors', 'resume', 'certify.tsv', 'metrics.json'}
@@ -120,6 +124,9 @@ def test_benchmark(tmp_path):
     ('train', dict(method='crt', method_args=dict(match='sofmax')), "unknown space to match 'sofmax': did you mean 'softmax'?"),
     ('train', dict(method='crt', teacher='nowhere'), 'no checkpoint at'),
     ('train', dict(schedule='cosin'), "did you mean 'cosine'?"),
+    ('train', dict(epochs=20, attack='sphere', ramp=dict(switch_on=40)), 'switch_on=40 is never reached in a run of 20 epochs'),
+    ('train', dict(epochs=20, curriculum='easy_data', curriculum_args=dict(start=40)), 'start=40 is never reached in a run of 20 epochs'),
+    ('train', dict(epochs=20, lr_drops=[10, 30]), 'is never reached in a run of 20 epochs'),
     ('train', dict(device='cud'), "did you mean 'cuda'?"),
     ('certify', dict(n=0), 'n must be a whole number of at least 1'),
     ('certify', dict(checkpoint='nowhere'), 'no checkpoint at'),
@@ -160,3 +167,91 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     a, b = (log.drop(columns=['time', 'answers']) for log in (a, b))  # whose last digits may differ
     pd.testing.assert_frame_equal(a, b)                                                    # weights are in the log, by hash
     assert len(a) == 90 and record(whole)['acr'] == record(killed)['acr']
+
+# --- two hands, and stops that can be answered ---
+
+def wait_for(ready, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not ready() and process.poll() is None and time.monotonic() < end: time.sleep(.02)
+    assert ready() and process.poll() is None, 'the run should be under way'
+
+def start(*args, **kwargs):
+    return subprocess.Popen(command(*args, **kwargs), cwd=ROOT, env=ENV, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(tmp_path):
+    setting = dict(out=str(tmp_path), epochs=60, every=40, n=500, arch='mlp')
+    first = start('train', tmp_path, **setting)
+    wait_for((tmp_path/'resume/state.pt').exists, first)
+    [kernel] = psutil.Process(first.pid).children()
+    kernel.suspend()                                                                           # until the others have tried
+    second = mill('train', tmp_path, **setting)                                                # the very same command
+    other = mill('certify', tmp_path/'elsewhere', out=str(tmp_path), n=500, every=40)
+    kernel.resume()
+    for refused in second, other:
+        assert refused.returncode == 1 and f'{tmp_path} is being written by process {kernel.pid} on ' in refused.stderr, refused.stderr[-2000:]
+    _, words = first.communicate(timeout=120)
+    assert first.returncode == 0, words[-4000:]
+    cells = nbformat.read(tmp_path/'executed.ipynb', 4).cells
+    assert cells[-1].outputs and not any(o.output_type == 'error' for c in cells for o in c.get('outputs', []))
+    assert len(read_log(tmp_path/'certify.tsv')) == record(tmp_path)['images'] == 9
+    succeed('train', tmp_path, **setting)                                                      # done, and free again
+
+def stop(process, who, number):
+    "Signal papermill, its kernel, or both; the exit status, what stands on stderr, and whether the kernel is gone."
+    kernels = psutil.Process(process.pid).children()
+    targets = dict(papermill=[process], kernel=kernels, both=[*kernels, process])[who]
+    for target in targets: target.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(kernels, timeout=30)
+    return process.returncode, words, alive
+
+def test_a_stopped_run_says_how_to_go_on_and_does(tmp_path):
+    setting = dict(out=str(tmp_path), epochs=60, every=4, n=3000, arch='mlp')
+    state, log = tmp_path/'resume/state.pt', tmp_path/'certify.tsv'
+    written = lambda: state.stat().st_mtime_ns if state.exists() else 0
+    in_training = [('kernel', signal.SIGTERM), ('papermill', signal.SIGINT), ('papermill', signal.SIGTERM)]
+    for number, (who, what) in enumerate([*in_training, ('kernel', signal.SIGINT), ('both', signal.SIGTERM)]):
+        certifying = number >= len(in_training)
+        before = lines(log) if certifying else written()
+        process = start('train', tmp_path, **setting)
+        wait_for(lambda: lines(log) > before + 2 if certifying else written() > before, process)
+        status, words, alive = stop(process, who, what)
+        told = words.rstrip().splitlines()[-1] if who == 'kernel' else words               # papermill may have something to add
+        assert status != 0 and not alive and 'the same command goes on from there' in told, (who, what, words[-2000:])
+        assert who == 'papermill' or f"stopped by {'Ctrl-C' if what == signal.SIGINT else 'SIGTERM'}" in words
+        assert (tmp_path/'model.safetensors').exists() == certifying
+    succeed('train', tmp_path, **setting)
+    assert len(pd.read_csv(tmp_path/'history.csv')) == 60 and len(read_log(log)) == 90
+
+def test_processes_of_one_run_share_its_folder(tmp_path):
+    words = ' '.join(shlex.quote(word) for word in command('train', tmp_path, out=str(tmp_path), processes=2, device='cpu', arch='mlp', **QUICK))
+    words = words.replace('executed.ipynb', 'executed.$RANK.ipynb')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--no-python', 'bash', '-c', words],
+                          cwd=ROOT, env=ENV | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert record(tmp_path)['images'] == 9 and {p.name for p in tmp_path.glob('*.ipynb')} == {'executed.0.ipynb', 'executed.1.ipynb'}
+
+def test_only_the_packages_own_commit_is_recorded(tmp_path):
+    git = ['git', '-c', 'user.name=me', '-c', 'user.email=me@example.org']
+    code = 'from rs_toolkit.run import revision; print(revision())'
+    def revision(folder):
+        env = ENV | {'PYTHONPATH': str(folder)}
+        return subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
+    def commit(folder):
+        for words in ['init', '-q'], ['add', '-A'], ['commit', '-q', '-m', 'all']: subprocess.run([*git, *words], cwd=folder, check=True)
+        return subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    site, clone = tmp_path/'theirs/site-packages', tmp_path/'clone'
+    for folder in site, clone: shutil.copytree(ROOT/'rs_toolkit', folder/'rs_toolkit', ignore=shutil.ignore_patterns('__pycache__'))
+    (tmp_path/'theirs/settings.ini').write_text('[DEFAULT]\nlib_name = theirs\n')
+    commit(tmp_path/'theirs')
+    assert revision(site) == 'None'                                                           # installed within somebody else's repository
+    shutil.copy(ROOT/'settings.ini', site)
+    assert revision(site) == 'None'                                                           # even with our settings beside it
+    assert revision(clone) == 'None'                                                          # no repository
+    shutil.copy(ROOT/'settings.ini', clone)
+    (clone/'.gitignore').write_text('__pycache__\n')
+    assert revision(clone) == 'None'
+    own = commit(clone)
+    assert revision(clone) == own
+    (clone/'rs_toolkit/__init__.py').write_text('# changed\n')
+    assert revision(clone) == own + '-dirty'
