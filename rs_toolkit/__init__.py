@@ -1,4 +1,4 @@
-"""Certified robustness by randomized smoothing. Each module is imported when it is first asked for: `import rs_toolkit` is quick, and `rs_toolkit.certify` there."""
+"""Certified robustness by randomized smoothing. `import rs_toolkit` is quick: each module is imported when it is asked for."""
 
 __version__ = "0.1.0"
 

@@ -133,7 +133,7 @@ def interruptible(
 
 # %% ../nbs/00_common.ipynb #426cc606
 def _comments(fields, lines):
-    "'a, b' -> the comment behind the parameters a and b of one line; `fields` pairs each name with the syntax node that ends it."
+    "'a, b' -> the comment behind parameters a and b of one line; `fields` are names, each with the node that ends it."
     together = {}
     for name, node in fields: together.setdefault(node.end_lineno, []).append((name, node.end_col_offset))
     words = {}
@@ -168,7 +168,8 @@ def _handed_on(cls):
     more = [p for p in inspect.signature(above).parameters.values() if p.name not in own and p.kind != p.VAR_POSITIONAL]
     named = [p.replace(kind=p.KEYWORD_ONLY) if p.kind == p.POSITIONAL_OR_KEYWORD else p for p in more]
     init.__signature__ = inspect.Signature([p for p in own.values() if p.kind != p.VAR_KEYWORD] + named)
-    return {names: what for names, what in getattr(above, '__arguments__', {}).items() if not own.keys() & names.split(', ')}
+    known = getattr(above, '__arguments__', {})
+    return {names: what for names, what in known.items() if not own.keys() & names.split(', ')}
 
 def _of_class(cls, node, lines):
     "What is known of the arguments of a class."
@@ -196,7 +197,8 @@ def _write(namespace, nodes, lines):
             thing.__arguments__ = _parameters(node, lines)
             result = _result(node, lines)
         told = [f'    {names}: {what}' for names, what in thing.__arguments__.items()]
-        parts = [inspect.cleandoc(thing.__doc__ or ''), '\n'.join(['Arguments:', *told]) if told else '', result and f'Returns:\n    {result}']
+        arguments = '\n'.join(['Arguments:', *told]) if told else ''
+        parts = [inspect.cleandoc(thing.__doc__ or ''), arguments, result and f'Returns:\n    {result}']
         thing.__doc__ = '\n\n'.join(part for part in parts if part) or None
 
 def document(

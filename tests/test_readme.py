@@ -1,4 +1,4 @@
-"""README as a stranger reads it: from the top, each block of Python and each command, in a copy of the project's folder."""
+"""README as a stranger reads it: from the top, each block of Python and each command, in a copy of the project."""
 import json
 import os
 import re
@@ -44,7 +44,7 @@ done
 @pytest.fixture
 def project(tmp_path):
     "A copy of the project's folder, with README's own files and some pictures in it."
-    ignored = shutil.ignore_patterns('.git', 'runs', 'cache', '*.egg-info', '.venv', '__pycache__', '.ipynb_checkpoints')
+    ignored = shutil.ignore_patterns('.git', 'runs', 'cache', '*.egg-info', '.venv', '__pycache__')
     folder = shutil.copytree(ROOT, tmp_path/'project', ignore=ignored)
     for kind, block in BLOCKS:
         name = re.match(r'# (\w+\.py)\n', block)
