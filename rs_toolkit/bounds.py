@@ -14,6 +14,8 @@ from numbers import Real
 import numpy as np
 from scipy.special import betainc, betaincinv, log_ndtr, ndtri
 
+from .common import document
+
 # %% ../nbs/00_bounds.ipynb #b90789e3
 def plain_number(
     value,  # a number: of Python, NumPy or a tensor without dimensions
@@ -181,3 +183,6 @@ def constant_acr(
     "Average certified radius of a classifier that always gives the same answer."
     if not (np.asarray(n) >= 1).all(): raise ValueError(f"a certificate takes at least one sample, got n={n}")
     return (check_sigma(sigma) * np.maximum(-ndtri(-np.expm1(np.log(check_alpha(alpha)) / np.asarray(n, float))), 0) / num_classes)[()]
+
+# %% ../nbs/00_bounds.ipynb #de51bade
+document(__name__)

@@ -1,0 +1,133 @@
+"""README as a stranger reads it: from the top, each block of Python and each command, in a copy of the project."""
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rs_toolkit.log import read_log
+
+ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
+README = (ROOT/'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'^```(python|bash)\n(.*?)^```', README, re.M | re.S)
+PROSE = re.sub(r'^```.*?^```', '', README, flags=re.M | re.S)
+
+# Programs that come first in PATH. They make the real commands short, or stand in for a cluster.
+PROGRAMS = {
+    'papermill': f'''
+case "$*" in
+    *--help-notebook*) more=() ;;
+    *nbs/train.ipynb*) more=(-p epochs 1 -p every 90 -p n 300 --no-progress-bar) ;;
+    *) more=(--no-progress-bar) ;;
+esac
+case "$*" in *"-p dataset cifar10"*) more+=(-p dataset digits -p arch small_cnn) ;; esac
+exec {shlex.quote(str(BIN/'papermill'))} "$@" "${{more[@]}}"
+''',
+    'sbatch': '''
+for word in "$@"; do
+    case "$word" in --wrap=*) SLURM_ARRAY_TASK_ID=0 bash -euo pipefail -c "${word#--wrap=}" ;; esac
+done
+''',
+    'srun': 'exec "$@"'}
+
+@pytest.fixture
+def project(tmp_path):
+    "A copy of the project's folder, with README's own files and some pictures in it."
+    ignored = shutil.ignore_patterns('.git', 'runs', 'cache', '*.egg-info', '.venv', '__pycache__')
+    folder = shutil.copytree(ROOT, tmp_path/'project', ignore=ignored)
+    for kind, block in BLOCKS:
+        name = re.match(r'# (\w+\.py)\n', block)
+        if name: (folder/name[1]).write_text(block, encoding='utf-8')
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    for i, image in enumerate(pixels):
+        path = folder/'pictures'/('test' if i % 5 == 0 else 'train')/('cat' if i < 20 else 'dog')/f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+@pytest.fixture
+def loggers(monkeypatch):
+    "What README's loggers were given; stand-ins, where the packages of that name are not ours to install."
+    written, tensorboard, wandb = [], ModuleType('torch.utils.tensorboard'), ModuleType('wandb')
+
+    class SummaryWriter:
+        def __init__(self, folder): pass
+        def add_scalar(self, name, value, step): written.append(('tensorboard', step, name, float(value)))
+
+    tensorboard.SummaryWriter = SummaryWriter
+    wandb.init = lambda project: None
+    wandb.log = lambda row: written.extend(('wandb', int(row['epoch']), name, float(value)) for name, value in row.items())
+    for module in tensorboard, wandb:
+        module.__spec__ = ModuleSpec(module.__name__, None)              # others ask whether it is installed
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return written
+
+def test_python_runs_from_the_top(project, loggers, monkeypatch):
+    monkeypatch.chdir(project)
+    names, blocks = {'__name__': 'readme'}, [block for kind, block in BLOCKS if kind == 'python']
+    assert len(blocks) > 10
+    for number, block in enumerate(blocks): exec(compile(block, f'README.md, block {number} of Python', 'exec'), names)
+
+    assert len(names['log']) == 72 and (project/'runs/certify.tsv').exists()
+    assert len(read_log(project/'runs/certify.tsv')) == 72
+    assert names['digits_table']('equal_cost').index[0] == 'smoothadv'
+    for logger in 'tensorboard', 'wandb':
+        assert {step for who, step, *_ in loggers if who == logger} == set(range(5))
+        assert {'ce', 'lr', 'seconds'} <= {name for who, _, name, _ in loggers if who == logger}
+    losses = {step: value for who, step, name, value in loggers if who == 'tensorboard' and name == 'ce'}
+    assert list(losses.values()) == names['history'].ce.tolist()
+
+def test_commands_run_from_the_top(project):
+    programs = project.parent/'programs'
+    programs.mkdir()
+    for name, source in PROGRAMS.items():
+        (programs/name).write_text('#!/usr/bin/env bash\n' + source)
+        (programs/name).chmod(0o755)
+    env = os.environ | {'PYTHONPATH': str(project), 'PATH': os.pathsep.join([str(programs), str(BIN), os.environ['PATH']])}
+    blocks = [block for kind, block in BLOCKS if kind == 'bash']
+    installing = [block for block in blocks if block.startswith('pip install')]
+    assert len(installing) == 2, 'continuous integration runs these two, as they stand'
+    for block in blocks:
+        if block in installing: continue
+        done = subprocess.run(['bash', '-euo', 'pipefail', '-c', block], cwd=project, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f'{block}\n{done.stderr[-4000:]}'
+        if '--help-notebook' in block: assert 'dataset' in done.stdout and 'noise level' in done.stdout
+
+    record = lambda name: json.loads((project/'runs'/name/'metrics.json').read_text())
+    assert record('brier')['method'] == 'my_method:Brier' and record('brier')['images'] == 4
+    assert 'brier' in pd.read_csv(project/'runs/brier/history.csv') and len(read_log(project/'runs/brier/certify.tsv')) == 4
+    assert record('pictures')['dataset'] == 'folder:pictures' and record('consistency')['sigma'] == .5
+    assert [record(f'sweep/{sigma}-seed{seed}')['seed'] for sigma in ('0.25', '0.5') for seed in (0, 1)] == [0, 1, 0, 1]
+    assert record('array/seed0')['seed'] == 0 and len(pd.read_csv(project/'runs/sweep/table.csv')) == 2
+
+def test_commands_in_the_text_name_what_exists():
+    "Those that take long, and those that open a page: programs, files and parameters are there."
+    commands = [part for text in re.findall(r'`([^`\n]+)`', PROSE) for part in text.split(' && ')
+                if text.split()[0] in ('papermill', 'python', 'jupyter', 'voila', 'pip')]
+    assert len(commands) >= 4
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert shutil.which(program, path=os.pathsep.join([str(BIN), os.environ['PATH']])), command
+        for word in words:
+            if re.match(r'(nbs|tools|recipes|data)/', word): assert (ROOT/word).exists(), command
+        book = next((word for word in words if word.endswith('.ipynb')), None)
+        if book:
+            cell = next(c.source for c in nbformat.read(ROOT/book, 4).cells if 'parameters' in c.metadata.get('tags', []))
+            for name in re.findall(r'-p (\w+)', command): assert re.search(rf'^{name}: ', cell, re.M), command
+
+def test_every_command_can_be_copied():
+    assert not re.search(r'\bOUT\b', README), 'a name in capitals, copied, is a file of that name'
+    links = re.findall(r'\]\(#([\w-]+)\)', README)
+    titles = {re.sub(r'[^\w\s-]', '', title).strip().lower().replace(' ', '-') for title in re.findall(r'^#+ (.*)', README, re.M)}
+    assert links and set(links) <= titles, set(links) - titles
