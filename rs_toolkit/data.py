@@ -65,16 +65,18 @@ COLOUR = ('P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
 
 def _check_mode(image):
     "Refuse what has no agreed white."
-    whole = image.mode == 'I' and image.format not in ('PNG', 'PPM')             # 32 bits; of these two formats, I is 16 bits as well
+    whole = image.mode == 'I' and image.format not in ('PNG', 'PPM')             # 32 bits; in these two formats, 16
     if whole or image.mode not in GREY + COLOUR:
-        raise ValueError(f"Pillow's mode {image.mode} cannot be brought to [0, 1] without a guess: save it as PNG with 8 or 16 bits of grey, or as RGB")
+        raise ValueError(f"Pillow's mode {image.mode} cannot be brought to [0, 1] without a guess: "
+                         "save it as PNG with 8 or 16 bits of grey, or as RGB")
 
 def _check_opaque(image):
     "Refuse what shows something behind it."
     if not image.has_transparency_data: return
     alpha = None if image.mode in DEEP else image.convert('LA' if image.mode in GREY else 'RGBA').getchannel('A')
     if alpha is None or alpha.getextrema() != (255, 255):
-        raise ValueError("it is transparent, and what lies behind it is unknown: put it on a background, and save it without alpha")
+        raise ValueError("it is transparent, and what lies behind it is unknown: "
+                         "put it on a background, and save it without alpha")
 
 def _pixels(image):
     "A Pillow image as float32 [1 or 3, H, W] in [0, 1]."
@@ -117,22 +119,23 @@ def _files(split, train):
 def _folder(path, split):
     "All images of a split, decoded once; they must have one size."
     missing = [s for s in ('train', 'test') if not (path/s).is_dir()]
-    if missing: raise ValueError(f"a folder data set holds train/CLASS/* and test/CLASS/*; {path} has no {' and no '.join(missing)}")
-    files = _files(path/split, path/'train')
+    if missing:
+        raise ValueError(f"a folder data set holds train/CLASS/* and test/CLASS/*; {path} has no {' and no '.join(missing)}")
+    files, other = (_files(path/s, path/'train') for s in (split, 'test' if split == 'train' else 'train'))
     images = None
     for i, (file, _) in enumerate(tqdm(files.samples, desc=f'reading {path.name}/{split}', mininterval=1)):
         image = _open(file, _pixels)
         if images is None: images = torch.empty(len(files), *image.shape, dtype=torch.float32)
         if image.shape[1:] != images.shape[2:]:
-            raise ValueError(f"images of a folder data set must have one size: {file} is {list(image.shape)}, the first is {list(images.shape[1:])}")
+            raise ValueError(f"images of a folder data set must have one size: {file} is {list(image.shape)}, "
+                             f"the first is {list(images.shape[1:])}")
         if len(image) > images.shape[1]: images = images.repeat(1, 3, 1, 1)      # the first in colour
         images[i] = image
-    if images.shape[1] == 1 and _has_colour(path, 'test' if split == 'train' else 'train'): images = images.repeat(1, 3, 1, 1)
+    if images.shape[1] == 1 and any(_open(file, _in_colour) for file, _ in other.samples):    # one kind for both splits
+        images = images.repeat(1, 3, 1, 1)
     return images, torch.tensor(files.targets)
 
-def _has_colour(path, split):
-    "Whether a split holds an image in colour: both must have the same channels."
-    return any(_open(file, lambda image: image.mode) not in GREY for file, _ in _files(path/split, path/'train').samples)
+def _in_colour(image): return image.mode not in GREY
 
 # %% ../nbs/02_data.ipynb #ba221619
 STATISTICS = {  # mean and standard deviation per channel, as the field's checkpoints use them (methods of Cohen et al. and later)
@@ -233,9 +236,11 @@ def _imagenet(path, split):
     "The files of a split, as an ImageFolder finds them."
     folder = next((path/s for s in ('test', 'val') if split == 'test' and (path/s).is_dir()), path/split)
     if not folder.is_dir():
-        raise ValueError(f"imagenet is not downloaded: {path} must hold train/CLASS/*.JPEG and test/CLASS/*.JPEG (or val/CLASS/*.JPEG); there is no {folder}")
+        raise ValueError(f"imagenet is not downloaded: {path} must hold train/CLASS/*.JPEG and test/CLASS/*.JPEG "
+                         f"(or val/CLASS/*.JPEG); there is no {folder}")
     files = _files(folder, path/'train')
-    return Stream(folder, [str(Path(file).relative_to(folder)) for file, _ in files.samples]), torch.tensor(files.targets)
+    names = [str(Path(file).relative_to(folder)) for file, _ in files.samples]
+    return Stream(folder, names), torch.tensor(files.targets)
 
 # %% ../nbs/02_data.ipynb #90d308be
 TRAINING, ORDER, MAPPING, DRAW, PREDICTIONS, CRAFTING, COUNTING = range(1, 8)     # how keys end, so that no two purposes share random numbers; certification's end in zeros
