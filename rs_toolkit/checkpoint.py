@@ -115,8 +115,8 @@ def _check_answers(model, rebuilt, metadata):
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else .03
     if not torch.allclose(ours, theirs, rtol=0, atol=tolerance*float(ours.abs().max()), equal_nan=True):
         raise ValueError("the network and the one rebuilt from the metadata give different answers, with the same "
-                         f"tensors: mean and std (here {metadata['mean']}, {metadata['std']}) must be those by which it "
-                         "normalises; save Normalized(net, mean, std)")
+                         f"tensors: mean and std (here {metadata['mean']}, {metadata['std']}) must be those by which "
+                         "it normalises; save Normalized(net, mean, std)")
 
 def _text(key, value):
     "What JSON makes of a value."
@@ -289,7 +289,7 @@ def _claimed(path, dataset, normalization):
     known = [*STATISTICS, *GREYSCALE]
     if normalization != 'none' and dataset not in known:
         raise ValueError(f"{unknown('data set', dataset, known)}: dataset= says by whose constants the network "
-                         f"of {path} normalises (in certify.ipynb -p constants cifar10, say, whatever images are certified)")
+                         f"of {path} normalises (in certify.ipynb -p constants cifar10, say, whatever is certified)")
     mean, std = statistics(dataset, normalization)
     return dict(mean=mean, std=std)
 
