@@ -124,7 +124,7 @@ def model_names()->list:
     return [*MODELS, *(n for n in torchvision.models.list_models(torchvision.models) if n.startswith(FAMILIES))]
 
 def build(
-    name:str,          # mlp, small_cnn, lenet, cifar_resnet20 ..., a torchvision ResNet, ResNeXt or RegNet, or package.module:Net
+    name:str,          # mlp, small_cnn ..., a ResNet, ResNeXt or RegNet of torchvision, or package.module:Net
     num_classes:int,   # logits
     in_channels=3,     # of the images
     image_size=32,     # pixels along one side
@@ -135,18 +135,21 @@ def build(
     "A `Normalized` network by name."
     zoo = {n: partial(torchvision_net, n) for n in model_names() if n not in MODELS}
     make = named('model', name, MODELS | zoo)
-    if name == 'lenet' and image_size != 28: raise ValueError(f"lenet is made for 28x28 images, got {image_size}x{image_size}: use small_cnn or mlp")
+    if name == 'lenet' and image_size != 28:
+        raise ValueError(f"lenet is made for 28x28 images, got {image_size}x{image_size}: use small_cnn or mlp")
     shape = dict(in_channels=in_channels, image_size=image_size)
     takes = inspect.signature(make).parameters
     free = any(p.kind == p.VAR_KEYWORD for p in takes.values())
     if not free: _check_arguments(name, takes, arch_args)
     net = make(num_classes=num_classes, **{k: v for k, v in shape.items() if k in takes}, **arch_args)
-    if not isinstance(net, nn.Module): raise ValueError(f"model {name!r} must make a torch.nn.Module, got {type(net).__name__}")
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"model {name!r} must make a torch.nn.Module, got {type(net).__name__}")
     return Normalized(net, mean, std)
 
 def _check_arguments(name, takes, given):
     "Refuse what the network does not take, before it says so in its own words."
-    if 'num_classes' not in takes: raise ValueError(f"model {name!r} is given num_classes, and takes only: {', '.join(takes) or 'nothing'}")
+    if 'num_classes' not in takes:
+        raise ValueError(f"model {name!r} is given num_classes, and takes only: {', '.join(takes) or 'nothing'}")
     others = [k for k in takes if k not in ('num_classes', 'in_channels', 'image_size')]
     for k in given:
         if not others: raise ValueError(f"model {name!r} takes no further arguments, got {k!r}")

@@ -159,6 +159,15 @@ def test_ours_is_told_by_metadata(tmp_path):
     put(tmp_path/'theirs.safetensors', model.state_dict(), arch='small_cnn')                  # a pickle under our ending
     assert torch.equal(checkpoint.load(tmp_path/'theirs.safetensors', dataset='cifar10', normalization='standard', image_size=8)(X), model(X))
 
+@pytest.mark.parametrize('first', [b'\x80', b'PK'])
+def test_the_length_of_a_header_may_look_like_a_pickle_or_a_zip(tmp_path, first):
+    def written(note): return checkpoint.save(tmp_path, network(), note=note, **RAW).read_bytes()
+    short = int.from_bytes(written('')[:8], 'little')                                          # a header's length comes first, and is a multiple of 8
+    wanted = int.from_bytes(first, 'little')
+    while wanted < short: wanted += 256**len(first)
+    assert written('x'*(wanted - short)).startswith(first)
+    assert torch.equal(checkpoint.load(tmp_path)(X), network()(X))
+
 @pytest.mark.parametrize('metadata', [None, dict(format='pt'), dict(arch='their_name', note='not JSON')])
 def test_safetensors_of_others(tmp_path, metadata):
     model = build('cifar_resnet20', 7, 1, 8).eval()                                            # in the file, names are sorted: the head is not last
