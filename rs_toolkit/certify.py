@@ -26,7 +26,7 @@ from .bounds import certified_radius, check_alpha, check_samples, check_sigma, l
 from .common import interruptible, unknown
 from .data import Items, check_images, check_labels, fingerprint, some_images
 from .log import LogWriter, read_log
-from .models import check_model, device_of, frozen, is_scripted, model_tensors, weights_hash
+from .models import answers, check_model, device_of, for_any_number, frozen, is_scripted, model_tensors, weights_hash
 from .noise import CHUNK, ESTIMATION, PREDICTION, SELECTION, as_logits, gaussian_noise, noise_chunk
 
 # %% ../nbs/05_certify.ipynb #0645274d
@@ -97,9 +97,7 @@ def _prepare(model, images, sigma, precision, batch_size, total):
     "The function that will be run on `total` noisy copies of `images`, at most `batch_size` of them at a time."
     size = min(batch_size, total)
     x = _noisy(images, sigma, -(-size // len(images)))[:size]
-    run = _as_named(model, x[:8], precision)
-    try: run(x[:1])
-    except Exception: run = _filled_up(run, batch_size)
+    run = for_any_number(_as_named(model, x[:8], precision), x, batch_size)
     together = check_model(run, x)
     largest = ROUNDING[precision] * together.abs().max()
     if (run(x[:1]) - together[:1]).abs().max() > largest:
@@ -110,13 +108,6 @@ def _prepare(model, images, sigma, precision, batch_size, total):
         warnings.warn("the model answers differently when the same images come again: a function around a network in training mode (dropout, moving "
                       "statistics of batch-norm)? Call .eval() on the network first, or the certificates are about random answers", stacklevel=3)
     return run
-
-def _filled_up(run, size):
-    "For models that take `size` images only: a smaller batch is filled up with copies of its first image."
-    def run_filled_up(x):
-        copies = x[:1].expand(size - len(x), *x.shape[1:])
-        return run(torch.cat([x, copies]))[:len(x)]
-    return run_filled_up
 
 def _noisy(x, sigma, copies=1):
     "Noisy copies of each image, always the same: to look at a model with."
@@ -314,8 +305,10 @@ def certify_dataset(
     n0, n, alpha, seed = check_samples(n0, 'n0'), check_samples(n), check_alpha(alpha), plain_number(seed)
     _enough(n, alpha, 1)
     check_labels(labels, len(images), _look(model, images, labels, sigma, precision, batch_size))
-    setup = dict(n0=n0, n=n, alpha=alpha, sigma=sigma, seed=seed, split=split, precision=precision, device=_device(model, images).type,
-                 weights=weights_hash(model) if model_tensors(model) else '')
+    device = _device(model, images)
+    setup = dict(n0=n0, n=n, alpha=alpha, sigma=sigma, seed=seed, split=split, precision=precision, device=device.type,
+                 weights=weights_hash(model) if model_tensors(model) else '',
+                 answers=answers(model, images.shape[1:], _batch_size(batch_size, device), device))
     scratch = TemporaryDirectory() if log is None else nullcontext()
     def how():
         if log is None: return "Nothing is kept: with log=PATH each finished image would be, and the same call would go on from there"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unknown', 'named', 'project_folder', 'package_folder', 'data_folder', 'locate', 'saving', 'write_file', 'hold',
-           'interruptible']
+           'same_answers', 'interruptible']
 
 # %% ../nbs/00_common.ipynb #f4493124
 import os
@@ -110,10 +110,22 @@ def hold(
         place.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}\n")
     return lock
 
+# %% ../nbs/00_common.ipynb #699c792b
+def same_answers(
+    one:str,    # as `models.answers` writes them, or '' for unknown
+    other:str,
+)->bool:        # whether one function can have given both
+    "Compare what two functions answered on the probe."
+    if not one or not other: return True
+    a = [float(number) for number in one.split()]
+    b = [float(number) for number in other.split()]
+    limit = 1e-3 * max(abs(a[0]), abs(b[0]))                 # the first number is their size
+    return len(a) == len(b) and all(abs(x - y) <= limit for x, y in zip(a, b))
+
 # %% ../nbs/00_common.ipynb #f2e09849
 @contextmanager
 def interruptible(
-    how:str,  # how to go on
+    how,  # to go on: words, or a function that says them then
 ):
     "Within the block: Ctrl-C and SIGTERM end it with a `KeyboardInterrupt` that says `how`."
     def stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
@@ -122,6 +134,6 @@ def interruptible(
     if ours: signal.signal(signal.SIGTERM, stop)
     try: yield
     except KeyboardInterrupt as e:
-        raise KeyboardInterrupt(f"stopped by {str(e) or 'Ctrl-C'}. {how}") from None
+        raise KeyboardInterrupt(f"stopped by {str(e) or 'Ctrl-C'}. {how() if callable(how) else how}") from None
     finally:
         if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)

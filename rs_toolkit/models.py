@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
            'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash', 'device_of', 'is_scripted',
-           'check_model', 'frozen', 'HalfSpace']
+           'check_model', 'for_any_number', 'frozen', 'answers', 'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
 import threading
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from .common import unknown
+from .common import same_answers, unknown
 from .data import fingerprint
 from .noise import as_logits
 
@@ -164,6 +165,20 @@ def check_model(
         raise ValueError(f"the model fails on {len(x)} images of shape {list(x.shape[1:])}: {type(e).__name__}: {said[-1 if is_scripted(model) else 0]}") from e
     return as_logits(answer, len(x))
 
+def for_any_number(
+    model,            # anything that can be called with images
+    x,                # images to try it with [b, C, H, W]
+    batch_size:int,   # how many it is going to get
+):                    # the model, or what stands for it
+    "A model that was exported for `batch_size` images only takes any number: the rest of a batch is filled up with copies."
+    try: model(x[:1])
+    except Exception: return lambda x: torch.cat([_filled_up(model, part, batch_size) for part in x.split(batch_size)])
+    return model
+
+def _filled_up(model, x, size):
+    copies = x[:1].expand(size - len(x), *x.shape[1:])
+    return as_logits(model(torch.cat([x, copies])), size)[:len(x)]
+
 # %% ../nbs/03_models.ipynb #7b913e38
 @contextmanager
 def frozen(model):
@@ -188,6 +203,35 @@ def frozen(model):
                 else: setattr(thing, flag, was)
 
 _lock, _held = threading.RLock(), {}                 # id of a module or weight -> how many hold it, and its flag before the first
+
+# %% ../nbs/03_models.ipynb #ec37336d
+def _probe(image_shape):
+    "Sixteen images in [0, 1], the same on every machine: grids of 1, 2, 4 and 8 random cells along each side."
+    channels, *size = image_shape
+    draw = np.random.RandomState(0)                              # RandomState: its stream is frozen for good
+    grids = [torch.from_numpy(draw.rand(4, channels, cells, cells)).float() for cells in (1, 2, 4, 8)]
+    return torch.cat([F.interpolate(grid, size, mode='nearest') for grid in grids])
+
+@torch.no_grad()
+def answers(
+    model,        # [b, C, H, W] -> [b, k]
+    image_shape,  # C, H, W
+    batch_size=16,# if it takes one size only
+    device=None,  # of the images; None: where the model's tensors are
+)->str:           # four numbers; '' where the same image gets another answer each time, which identifies nothing
+    "What a model says to a fixed probe: tells two functions apart that have the same tensors."
+    images = _probe(image_shape).to(device_of(model) if device is None else device)
+    half = next((t.dtype for t in model_tensors(model) if t.dtype in (torch.float16, torch.bfloat16)), None)
+    def ask():
+        with frozen(model), torch.autocast(images.device.type, half, enabled=half is not None):
+            x = images if half is None else images.to(half)
+            logits = check_model(for_any_number(model, x, batch_size), x)
+        logits = logits.detach().double().cpu().nan_to_num(0., 1e6, -1e6)
+        weights = torch.from_numpy(np.random.RandomState(1).randn(3, logits.numel()))
+        numbers = [logits.square().mean().sqrt(), *(weights @ logits.flatten() / logits.numel()**.5)]
+        return ' '.join(f'{float(number):.6g}' for number in numbers)
+    first = ask()
+    return first if same_answers(first, ask()) else ''
 
 # %% ../nbs/03_models.ipynb #b4e8bd46
 class HalfSpace(nn.Module):
