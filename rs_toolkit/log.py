@@ -6,14 +6,17 @@
 __all__ = ['COLUMNS', 'SETUP', 'INTEGERS', 'FLOATS', 'read_log', 'LogWriter', 'merge_logs']
 
 # %% ../nbs/04_log.ipynb #cca9aa54
+import codecs
+import gzip
 import re
+import zlib
 from pathlib import Path
 from warnings import warn
 
 import pandas as pd
 
-from .bounds import check_alpha, check_samples, check_sigma
-from .common import saving
+from .bounds import check_alpha, check_samples, check_sigma, max_radius
+from .common import hold, same_answers, saving, write_file
 
 # %% ../nbs/04_log.ipynb #ae3778f3
 COLUMNS = ['idx', 'label', 'predict',   # image, its class, the class of the smoothed classifier (-1: abstains)
@@ -21,34 +24,81 @@ COLUMNS = ['idx', 'label', 'predict',   # image, its class, the class of the smo
            'n_a', 'n_true',             # votes for the selected class and for the label in the estimation sample
            'n0', 'n', 'alpha', 'sigma', 'seed', 'split', 'precision', 'device',
            'selected',                  # the class that the selection phase chose: known when abstaining, too
-           'weights', 'data']           # hashes of the model, and of this image and its label
-SETUP = ['n0', 'n', 'alpha', 'sigma', 'seed', 'split', 'precision', 'device', 'weights']  # one value in a whole log
+           'weights', 'data',           # hashes of the model's tensors, and of this image and its label
+           'answers']                   # what the model answers on a fixed probe (`models.answers`)
+SETUP = ['n0', 'n', 'alpha', 'sigma', 'seed', 'split', 'precision', 'device', 'weights', 'answers']  # one value in a whole log
 INTEGERS = ['idx', 'label', 'predict', 'correct', 'n_a', 'n_true', 'n0', 'n', 'seed', 'selected']
 FLOATS = ['radius', 'alpha', 'sigma']
 
 # %% ../nbs/04_log.ipynb #4141251e
+def _same(
+    name,        # column
+    one, other,  # its value in two places, as text
+)->bool:
+    "Whether two values of a column say the same."
+    return same_answers(one, other) if name == 'answers' else one == other
+
+# %% ../nbs/04_log.ipynb #7c0e8907
+def _text_of(
+    path,  # file
+)->str:
+    "The content of a log: plain or gzip, with or without a byte-order mark."
+    content = path.read_bytes()
+    if content.startswith(b'\x1f\x8b'):
+        try: content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as e: raise ValueError(f"{path} is a damaged gzip file ({e}): fetch it again") from e
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode('utf-16' if wide else 'utf-8-sig', errors='replace')
+
+# %% ../nbs/04_log.ipynb #31f16e06
 def _rows(
     path,  # file
     text,  # its content
-):         # column names, and a list of fields for each complete row
+):         # column names, and a list of fields for each complete row, one row per image
     "The fields of a log; raises on anything that is not one."
-    header, *rows = [line.split('\t') for line in text.splitlines() if line.strip()] or [[]]
-    header = [name.strip() for name in header]
+    header, *rows = [[field.strip() for field in line.split('\t')] for line in text.splitlines() if line.strip()] or [[]]
     if not {'idx', 'label', 'correct'} <= set(header) or not {'predict', 'c1'} & set(header):
         raise ValueError(f"{path} is not a certification log: its first line should name the columns 'idx label predict radius correct time', "
                          f"separated by tabs, and is {text[:60].splitlines()[:1]}")
-    if rows and not text.endswith('\n') and not _is_whole(rows[-1], rows[-2] if len(rows) > 1 else None, header):
-        warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][0]} is left out")
-        rows.pop()
+    rows = _without_footer(path, text, header, rows)
     for number, row in enumerate(rows, 2):
         if len(row) != len(header): raise ValueError(f"line {number} of {path} has {len(row)} fields, its header has {len(header)} "
                                                      f"({' '.join(header)}): repair or delete that line")
-    return header, rows
+    return header, _once(path, header, rows)
+
+def _without_footer(path, text, header, rows):
+    "The rows without what comes after the last of them: half a line, or words."
+    place = header.index('idx')
+    ends = [number for number, row in enumerate(rows, 1) if len(row) > place and row[place].isdecimal()]
+    if not ends: return rows                                                        # not one row: no footer either
+    rows, rest = rows[:ends[-1]], rows[ends[-1]:]
+    if not rest and not text.endswith(('\n', '\r')) and not _is_whole(rows[-1], rows[-2] if len(rows) > 1 else None, header):
+        warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][place]} is left out")
+        return rows[:-1]
+    if not rest and len(rows) > 1 and len(rows[-1]) != len(header): rows, rest = rows[:-1], rows[-1:]
+    if rest: warn(f"{path} goes on after its last row, with {' '.join(rest[0])[:80]!r}: left out, as it is no row")
+    return rows
 
 def _is_whole(row, above, header):
     "Whether a last line without a line end is all there."
-    shape = lambda row: re.sub(r'\w', 'x', row[-1].strip().rpartition('.')[2])      # 0:00:03.966459 -> xxxxxx
-    return len(row) == len(header) and shape(row) != '' and (above is None or shape(row) == shape(above))
+    if len(row) != len(header): return False
+    if above is None: return row[-1] != ''
+    shape = lambda row: re.sub(r'\w', 'x', row[-1].rpartition('.')[2])              # 0:00:03.966459 -> xxxxxx
+    return row[-1] == above[-1] or shape(row) == shape(above)
+
+def _once(path, header, rows):
+    "One row per image; raises where two of one image contradict each other."
+    place, kept, twice = header.index('idx'), {}, []
+    for row in rows:
+        first = kept.setdefault(row[place], row)
+        if first is row: continue
+        if not all(name == 'time' or _same(name, *both) for name, *both in zip(header, first, row)):
+            raise ValueError(f"{path} has idx {row[place]} twice, and its rows contradict each other: {' '.join(first)!r} and {' '.join(row)!r}. "
+                             "Find out which is right, and keep one row per image")
+        twice.append(row[place])
+    if twice: warn(f"{path} has {len(twice)} rows twice (idx {', '.join(twice[:3])}{' ...' * (len(twice) > 3)}), which agree: each counts once. "
+                   "Did two processes write it?")
+    return list(kept.values())
 
 # %% ../nbs/04_log.ipynb #64e82b67
 def _typed(
@@ -58,6 +108,7 @@ def _typed(
 )->pd.Series:
     "A column as numbers, durations or strings."
     text = pd.Series(text, dtype=object)
+    if name == 'correct': text = text.replace({'True': '1', 'False': '0'})
     known = text != ''
     if name == 'time': return pd.to_timedelta(text.where(known).str.replace(r'^[\d.]+$', r'\g<0>s', regex=True).str.replace(',', ''), errors='coerce')
     kind, dtype = (int, 'Int64') if name in INTEGERS else (float, 'float64') if name in FLOATS else (str, 'string')
@@ -74,22 +125,20 @@ def read_log(
     split=None,   # train or test, likewise
 )->pd.DataFrame:  # a row per image with exactly `COLUMNS`; unknown values are empty
     "Open a log; the arguments attach what a foreign file does not say."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no log at {path}: expected a file with tab-separated columns 'idx label predict radius correct time'")
-    frame = _frame(path, *_rows(path, path.read_text(errors='replace')))
+    frame = _frame(path, *_rows(path, _text_of(path)))
     checks = dict(sigma=check_sigma, n0=lambda v: check_samples(v, 'n0'), n=check_samples, alpha=check_alpha, split=str)
     for name, value in dict(sigma=sigma, n0=n0, n=n, alpha=alpha, split=split).items():
         if value is not None: _attach(frame, name, checks[name](value), path)
+    _check(frame, path)
     return frame
 
 def _frame(path, header, rows):
     "Rows of text as a typed frame."
     columns = dict(zip(header, zip(*rows))) if rows else {}
     columns = {'predict': columns.get('c1', ())} | columns
-    frame = pd.DataFrame({name: _typed([v.strip() for v in columns.get(name, [''] * len(rows))], name, path) for name in COLUMNS})
-    twice = frame.idx[frame.idx.duplicated()]
-    if len(twice): raise ValueError(f"{path} has idx {twice.iloc[0]} twice: keep one row per image")
-    return frame
+    return pd.DataFrame({name: _typed(columns.get(name, [''] * len(rows)), name, path) for name in COLUMNS})
 
 def _attach(frame, name, value, path):
     "Fill an empty column; contradicting the file is an error."
@@ -97,6 +146,19 @@ def _attach(frame, name, value, path):
     other = other[other != value]
     if len(other): raise ValueError(f"{path} says {name} {other.iloc[0]}, the argument says {value}: leave the argument out, or look for the right file")
     frame[name] = pd.Series(value, frame.index).astype(frame[name].dtype)
+
+def _check(frame, path):
+    "Raise where a row contradicts itself, or promises more than its samples can."
+    right = (frame.predict == frame.label).astype('Int64')
+    for row in frame[(frame.correct != right).fillna(False)].itertuples():
+        raise ValueError(f"{path} contradicts itself: idx {row.idx} has label {row.label} and predict {row.predict}, but correct {row.correct}. "
+                         "Ask whoever made it which of them is wrong")
+    for (sigma, n, alpha), rows in frame.groupby(['sigma', 'n', 'alpha']):
+        most = float(max_radius(sigma, n, alpha))
+        rounded = [float(f'{most:.{digits}}') for digits in range(3, 18)]
+        for row in rows[(rows.radius > most) & ~rows.radius.isin(rounded)].itertuples():
+            raise ValueError(f"{path} certifies radius {row.radius} at idx {row.idx}, but {n} samples at sigma {sigma} and alpha {alpha} "
+                             f"can certify {most:.6g} at most: are sigma, n and alpha the right ones?")
 
 # %% ../nbs/04_log.ipynb #4ba472b9
 def _text(name, value):
@@ -110,35 +172,43 @@ def _text(name, value):
 
 # %% ../nbs/04_log.ipynb #16207eb3
 class LogWriter:
-    "A log that is being written: one line per image, in the file as soon as it is known."
+    "A log that is being written: one line per image, in the file as soon as it is known. Nobody else can write it until `close`."
     def __init__(self,
         path,        # file; its folder is made if need be
         setup:dict,  # a value for each column of `SETUP`
     ):
         if set(setup) != set(SETUP): raise ValueError(f"the setup of a log is {' '.join(SETUP)}, got {' '.join(setup)}")
-        self.path, self.setup = Path(path), setup          # and `done`: idx -> hash of image and label, for the rows that are there already
-        with saving(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = self.path.read_bytes() if self.path.exists() else b''
-            keep, self.done = self._resume(content)
-            self.file = open(self.path, 'ab', buffering=0)
-            self.file.truncate(keep)
-        if keep == 0: self._append(COLUMNS)
+        self.path = Path(path).expanduser()
+        self.setup = setup
+        self.lock = hold(self.path)
+        try:
+            with saving(self.path):
+                rows = self._resume()
+                self.done = {int(row['idx']): row['data'] for row in rows}             # idx -> hash of image and label
+                content = ''.join(map(_line, [COLUMNS, *([row.get(name, '') for name in COLUMNS] for row in rows)])).encode()
+                if not self.path.exists() or self.path.read_bytes() != content: write_file(self.path, content)
+                self.file = open(self.path, 'ab', buffering=0)
+        except BaseException:
+            self.lock.release()
+            raise
 
-    def _resume(self, content):
-        "How many bytes of an earlier run to keep, and the images it did; raises if they belong to something else."
-        header = '\t'.join(COLUMNS).encode() + b'\n'
-        whole = content[:content.rfind(b'\n') + 1]
-        if not whole.startswith(header) and not header.startswith(content):
-            raise ValueError(f"{self.path} is another kind of file, it begins with {content[:60].splitlines()[0]}: choose another path for the log")
-        rows = [dict(zip(COLUMNS, row)) for row in _rows(self.path, whole.decode())[1]] if whole else []
-        differ = [f"{name}: {was or 'unknown'} there, {now or 'unknown'} now" for name in SETUP for now in [_text(name, self.setup[name])]
-                  for was in sorted({row[name] for row in rows} - {now})]
+    def _resume(self):
+        "The rows that an earlier run ended, each as column -> text; raises if they belong to something else."
+        text = _text_of(self.path) if self.path.exists() else ''
+        if '\t'.join(COLUMNS).startswith(text): return []                              # killed while it wrote the header
+        header, rows = _rows(self.path, text[:text.rfind('\n') + 1] or text)
+        if 'data' not in header or header != COLUMNS[:len(header)]:                    # columns may have been added since
+            raise ValueError(f"{self.path} is another kind of file, its columns are {' '.join(header)}: choose another path for the log")
+        _check(_frame(self.path, header, rows), self.path)
+        rows = [dict(zip(header, row)) for row in rows]
+        differ = []
+        for name in SETUP:
+            now = _text(name, self.setup[name])
+            differ += [f"{name}: {was or 'unknown'} there, {now or 'unknown'} now"
+                       for was in sorted({row.get(name, '') for row in rows}) if not _same(name, was, now)]
         if differ: raise ValueError(f"{self.path} belongs to another setting ({'; '.join(differ)}): "
                                     "choose another path for the log, or delete it to begin again")
-        done = {int(row['idx']): row['data'] for row in rows}
-        if len(done) < len(rows): raise ValueError(f"{self.path} has an idx twice: did two processes write it? Choose another path for the log")
-        return len(whole), done
+        return rows
 
     def write(self,
         row:dict,  # idx label predict radius correct time (seconds) n_a n_true selected data
@@ -146,17 +216,18 @@ class LogWriter:
         "Append the certificate of one image."
         if row['idx'] in self.done: raise ValueError(f"idx {row['idx']} is already in {self.path}: skip the images in `done`")
         values = row | self.setup
-        self._append([_text(name, values[name]) for name in COLUMNS])
-        self.done[int(row['idx'])] = row['data']
-
-    def _append(self, fields):
-        line = '\t'.join(fields).encode() + b'\n'
+        line = _line([_text(name, values[name]) for name in COLUMNS]).encode()
         with saving(self.path):
             while line: line = line[self.file.write(line):]
+        self.done[int(row['idx'])] = row['data']
 
-    def close(self): self.file.close()
+    def close(self):
+        self.file.close()
+        self.lock.release()
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
+
+def _line(fields): return '\t'.join(fields) + '\n'
 
 # %% ../nbs/04_log.ipynb #acbfc562
 def merge_logs(
@@ -167,9 +238,10 @@ def merge_logs(
     if not logs: raise ValueError("no logs to merge: give the path of at least one")
     whole = pd.concat(logs.values(), ignore_index=True).sort_values('idx', ignore_index=True)
     for name in SETUP:
-        found = {path: value for path, log in logs.items() for value in log[name].unique()}
-        if len(set(map(str, found.values()))) > 1:
-            raise ValueError(f"shards differ in {name} ({', '.join(f'{path}: {value}' for path, value in found.items())}): merge logs of one setting only")
+        found = [(path, _text(name, value)) for path, log in logs.items() for value in log[name].unique()]
+        known = next((value for _, value in found if value), '')
+        if not all(_same(name, known, value) for _, value in found):
+            raise ValueError(f"shards differ in {name} ({', '.join(f'{path}: {value}' for path, value in found)}): merge logs of one setting only")
     twice = whole.idx[whole.idx.duplicated()]
     if len(twice): raise ValueError(f"idx {twice.iloc[0]} is in {' and '.join(path for path, log in logs.items() if (log.idx == twice.iloc[0]).any())}: "
                                     "give each image to one shard")

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rs_toolkit.bounds import max_radius
 from rs_toolkit.log import COLUMNS, read_log
 from rs_toolkit.metrics import average_certified_radius, certified_accuracy, check_comparable, p_a_survival, summary
 
@@ -26,6 +27,10 @@ def test_every_log_opens(path):
     assert log[COLUMNS[:6]].notna().all(axis=None) and log[COLUMNS[6:]].isna().all(axis=None)
     assert ((log.predict == log.label) == (log.correct == 1)).all() and (log.radius[log.predict == -1] == 0).all()
     assert log.time.dt.total_seconds().between(.1, 1000).all()
+    sigma = float(path.stem.rpartition('_')[2])
+    explained = read_log(path, sigma=sigma, n=100_000, alpha=.001)                     # no radius above what these allow, but for three digits
+    assert explained.radius.equals(log.radius) and log.radius.max() == float(f'{max_radius(sigma, 100_000, .001):.3}')
+    with pytest.raises(ValueError, match='at most'): read_log(path, sigma=sigma, n=10_000, alpha=.001)
 
 
 @pytest.mark.parametrize('name, method, sigma', [('ours', 'Ours', .25), ('ours', 'Ours', .5), ('ours', 'Ours', 1.), ('macer', 'MACER', 1.), ('smoothmix', 'SmoothMix', .5)])
