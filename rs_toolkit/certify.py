@@ -91,7 +91,7 @@ def _as_named(model, x, precision):
     return run_as_named
 
 # %% ../nbs/05_certify.ipynb #ade4e81e
-ROUNDING = {'float32': .001, 'float16': .02, 'bfloat16': .1}      # of the largest logit
+ROUNDING = {'float32': .001, 'float16': .005, 'bfloat16': .03}      # of the largest logit
 
 def _prepare(model, images, sigma, precision, batch_size, total):
     "The function that will be run on `total` noisy copies of `images`, at most `batch_size` of them at a time."

@@ -20,7 +20,7 @@ from torch import nn
 
 from .common import same_answers, unknown
 from .data import fingerprint
-from .noise import as_logits
+from .noise import NoLogits, as_logits
 
 # %% ../nbs/03_models.ipynb #971bfa84
 class Normalize(nn.Module):
@@ -160,7 +160,7 @@ def check_model(
     "Refuse what does not map images to logits of at least two classes."
     try: answer = model(x)
     except Exception as e:
-        if isinstance(e, torch.cuda.OutOfMemoryError): raise
+        if isinstance(e, (NoLogits, torch.cuda.OutOfMemoryError)): raise
         said = str(e).strip().splitlines() or ['']
         raise ValueError(f"the model fails on {len(x)} images of shape {list(x.shape[1:])}: {type(e).__name__}: {said[-1 if is_scripted(model) else 0]}") from e
     return as_logits(answer, len(x))
@@ -172,6 +172,7 @@ def for_any_number(
 ):                    # the model, or what stands for it
     "A model that was exported for `batch_size` images only takes any number: the rest of a batch is filled up with copies."
     try: model(x[:1])
+    except NoLogits: return model
     except Exception: return lambda x: torch.cat([_filled_up(model, part, batch_size) for part in x.split(batch_size)])
     return model
 
