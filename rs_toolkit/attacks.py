@@ -18,7 +18,7 @@ from .bounds import check_number, check_samples
 from .certify import predict
 from .data import CRAFTING, check_images, image_keys
 from .models import device_of, frozen
-from .noise import gaussian_noise, noisy_logits
+from .noise import as_logits, gaussian_noise, noisy_logits
 
 # %% ../nbs/08_attacks.ipynb #573b05ea
 def image_norm(
@@ -166,7 +166,7 @@ def sphere_attack(
     right, step = torch.arange(len(x), device=x.device), eps if norm == 2 else eps / math.sqrt(x[0].numel())
 
     def loss(d):
-        logits = model(x[right] + d).float()
+        logits = as_logits(model(x[right] + d), len(d))
         still = logits.argmax(1) == y[right]
         loss.right, loss.still = right[still], still
         return F.cross_entropy(logits[still], y[right][still], reduction='sum')
@@ -196,7 +196,7 @@ def attack_smoothed(
     progress=True,     # text bar with ETA
 )->pd.DataFrame:       # a row per image: idx, label, predict (PREDICT), base_predict (without noise), correct, norm of the perturbation
     "Craft adversarial images for the smoothed classifier, then let it predict them (Salman et al., 2019)."
-    check_images(images, labels)
+    images, labels = check_images(images, labels)
     idx, device, rows = list(range(len(images))) if idx is None else [int(i) for i in idx], device_of(model), []
     eps = torch.as_tensor(eps, dtype=torch.float32).expand(len(images))
     for at in tqdm(torch.arange(len(images)).split(batch_size or max(1, 256 // num_noise)), desc='attacking', disable=not progress):
@@ -204,7 +204,7 @@ def attack_smoothed(
         noise = gaussian_noise(x, sigma, num_noise, image_keys(seed, 0, ids, CRAFTING))
         d = pgd_perturbation(model, x, y, noise, budget(eps[at].to(device), 1.), steps)
         moved = (x + d).clamp(0, 1)
-        with torch.no_grad(), frozen(model): base = model(moved).argmax(1)
+        with torch.no_grad(), frozen(model): base = as_logits(model(moved), len(moved)).argmax(1)
         answers = predict(model, moved.cpu(), sigma, n, alpha, seed, ids.tolist(), precision=precision)
         rows += [dict(idx=i, label=int(c), predict=a, base_predict=int(b), correct=int(a == c), norm=float(size))
                  for i, c, a, b, size in zip(ids.tolist(), y, answers, base, image_norm(d).flatten())]

@@ -130,7 +130,7 @@ def same_answers(
 # %% ../nbs/00_common.ipynb #f2e09849
 @contextmanager
 def interruptible(
-    how:str,  # how to go on
+    how,  # to go on: words, or a function that says them then
 ):
     "Within the block: Ctrl-C and SIGTERM end it with a `KeyboardInterrupt` that says `how`."
     def stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
@@ -140,7 +140,7 @@ def interruptible(
     try: yield
     except KeyboardInterrupt as e:
         signal_name = str(e).removeprefix('stopped by ').partition('. ')[0] or 'Ctrl-C'      # of an inner block that has said so already
-        raise KeyboardInterrupt(f"stopped by {signal_name}. {how}") from None
+        raise KeyboardInterrupt(f"stopped by {signal_name}. {how() if callable(how) else how}") from None
     finally:
         if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -6,7 +6,7 @@
 __all__ = ['TORCHVISION', 'DEEP', 'GREY', 'COLOUR', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER',
            'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'VISIT', 'load', 'statistics', 'crop_flip',
            'resized_crop', 'Stream', 'image_keys', 'batches', 'images_at', 'fingerprint', 'check_images',
-           'check_labels', 'Items']
+           'check_labels', 'Items', 'some_images']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
@@ -219,14 +219,6 @@ class Stream:
         "Random parts of the images, by `resized_crop`."
         return self._decode(resized_crop, index.tolist(), keys)
 
-    def some(self,
-        rows,            # numbers, in order
-    ):                   # a stream of these
-        part = copy(self)
-        part.names = [self.names[i] for i in rows]
-        part.shape = torch.Size([len(part.names), *self.shape[1:]])
-        return part
-
     def identity(self)->str: return str([(name, (Path(self.folder)/name).stat().st_size) for name in self.names])
 
     def _decode(self, view, index, *keys):
@@ -391,6 +383,7 @@ def _check_pixels(images, where=''):
         kind = str(getattr(images, 'dtype', ''))
         cure = (": convert 0-255 pixels with .float() / 255, or .astype('float32') / 255" if 'int' in kind else
                 ": round them with .float() or .astype('float32'); a certificate is about the image that the network sees" if 'float64' in kind else
+                ": give one tensor or array, such as torch.stack(images)" if isinstance(images, (list, tuple)) else
                 ": give the data set transform=torchvision.transforms.ToTensor()" if where else "")
         raise ValueError(f"images must be float32 in [0, 1], as a tensor or array [N, C, H, W]{where}, got {_what(images)}{cure}")
     if images.numel() == 0: return
@@ -440,3 +433,16 @@ class Items(Stream):
         if image.dim() != 3 or image.shape != tuple(shape[1:]):
             raise ValueError(f"images of a data set must be [C, H, W] of one size: item {number} is {list(image.shape)}, the first is {list(shape[1:])}")
         return image, label
+
+# %% ../nbs/02_data.ipynb #a9064e95
+def some_images(
+    images,   # [N, C, H, W], or a `Stream`
+    rows,     # numbers of some, in order; a range does not copy
+):            # tensor, or a `Stream` that still reads them when they are looked at
+    "Some of the images."
+    if isinstance(rows, range): rows = slice(rows.start, rows.stop, rows.step)
+    if not isinstance(images, Stream): return images[rows]
+    part = copy(images)
+    part.names = images.names[rows] if isinstance(rows, slice) else [images.names[row] for row in rows]
+    part.shape = torch.Size([len(part.names), *images.shape[1:]])
+    return part

@@ -84,7 +84,8 @@ def votes_of_log(
 )->np.ndarray:          # [images, 2]: votes for the selected class and for the label
     "The votes that were cast. Fewer are drawn from them without replacement, for all images at once and so ten times faster than `metrics.thin`, whose draw for an image does not depend on others."
     cast, drawn = recertify(log)[['n_a', 'n_true']].to_numpy(int) if cast is None else cast, setting(log, 'n')
-    if n is None or check_samples(n) >= drawn: return cast
+    n = drawn if n is None else check_samples(n)
+    if n >= drawn: return cast
     rng, right = np.random.default_rng(0), (log.selected == log.label).to_numpy(bool)
     kept, others = rng.hypergeometric(cast[:, 0], drawn - cast[:, 0], n), np.where(right, 0, cast[:, 1])
     return np.stack([kept, np.where(right, kept, rng.hypergeometric(others, drawn - cast[:, 0] - others, n - kept))], axis=1)

@@ -81,8 +81,8 @@ def gradient_norms(
 )->pd.DataFrame:     # a row per image: idx, label, p_a (share of right draws), grad_norm
     "l2 norm of the gradient of each image's own loss (the mean over its noises, with its attack), beside its p_a."
     if wrt not in ('weights', 'input'): raise unknown('variable to differentiate by', wrt, ['weights', 'input'])
-    check_images(images, labels)
-    check_samples(n, 'n')
+    images, labels = check_images(images, labels)
+    n = check_samples(n, 'n')
     ids, device, parts = torch.arange(len(images)) if idx is None else torch.as_tensor(idx), device_of(model), []
     if len(ids) != len(images): raise ValueError(f"one index for each image: got {len(ids)} indices for {len(images)} images")
     names = {name for name, p in model.named_parameters() if p.requires_grad}

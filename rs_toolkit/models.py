@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
-           'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash', 'device_of', 'check_model',
-           'frozen', 'exact_float32', 'answers', 'HalfSpace']
+           'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash', 'device_of', 'is_scripted',
+           'check_model', 'for_any_number', 'frozen', 'exact_float32', 'answers', 'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
 import inspect
@@ -21,6 +21,7 @@ from torch import nn
 
 from .common import named, same_answers, unknown
 from .data import fingerprint
+from .noise import NoLogits, as_logits
 
 # %% ../nbs/03_models.ipynb #971bfa84
 class Normalize(nn.Module):
@@ -168,20 +169,37 @@ def device_of(model)->torch.device:
     "Where the model's tensors are; the CPU if it has none."
     return next((t.device for t in model_tensors(model)), torch.device('cpu'))
 
+def is_scripted(model)->bool:
+    "A module that can only be run as it is: of TorchScript, or compiled."
+    return isinstance(model, torch.jit.ScriptModule) or hasattr(model, '_orig_mod')
+
 # %% ../nbs/03_models.ipynb #269a8899
 def check_model(
     model,        # anything that can be called with images
     x,            # [b, C, H, W]
 )->torch.Tensor:  # its logits for them, [b, k]
     "Refuse what does not map images to logits of at least two classes."
-    try: logits = model(x)
+    try: answer = model(x)
     except Exception as e:
-        if isinstance(e, torch.cuda.OutOfMemoryError): raise
-        raise ValueError(f"the model fails on images of shape {list(x.shape)}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise ValueError(f"a classifier maps images [b, C, H, W] to logits [b, k] of k >= 2 classes; for {list(x.shape)} this one gave "
-                         f"{list(getattr(logits, 'shape', [type(logits).__name__]))}")
-    return logits
+        if isinstance(e, (NoLogits, torch.cuda.OutOfMemoryError)): raise
+        said = str(e).strip().splitlines() or ['']
+        raise ValueError(f"the model fails on {len(x)} images of shape {list(x.shape[1:])}: {type(e).__name__}: {said[-1 if is_scripted(model) else 0]}") from e
+    return as_logits(answer, len(x))
+
+def for_any_number(
+    model,            # anything that can be called with images
+    x,                # images to try it with [b, C, H, W]
+    batch_size:int,   # how many it is going to get
+):                    # the model, or what stands for it
+    "A model that was exported for `batch_size` images only takes any number: the rest of a batch is filled up with copies."
+    try: model(x[:1])
+    except NoLogits: return model
+    except Exception: return lambda x: torch.cat([_filled_up(model, part, batch_size) for part in x.split(batch_size)])
+    return model
+
+def _filled_up(model, x, size):
+    copies = x[:1].expand(size - len(x), *x.shape[1:])
+    return as_logits(model(torch.cat([x, copies])), size)[:len(x)]
 
 # %% ../nbs/03_models.ipynb #7b913e38
 @contextmanager
@@ -190,11 +208,23 @@ def frozen(model):
     if not isinstance(model, nn.Module):             # a plain callable has nothing to freeze
         yield model
         return
-    training, grads = {m: m.training for m in model.modules()}, {p: p.requires_grad for p in model.parameters()}
-    try: yield model.eval().requires_grad_(False)
+    flags = [(m, 'training') for m in model.modules() if hasattr(m, 'training')]      # torch.jit.freeze takes even that away
+    flags += [(p, 'requires_grad') for p in model.parameters()]
+    with _lock:
+        for thing, flag in flags:
+            holders, was = _held.get(id(thing), (0, getattr(thing, flag)))
+            _held[id(thing)] = holders + 1, was
+        if hasattr(model, 'training'): model.eval()
+        for p in model.parameters(): p.requires_grad_(False)
+    try: yield model
     finally:
-        for m, was in training.items(): m.training = was
-        for p, was in grads.items(): p.requires_grad_(was)
+        with _lock:
+            for thing, flag in flags:
+                holders, was = _held.pop(id(thing))
+                if holders > 1: _held[id(thing)] = holders - 1, was
+                else: setattr(thing, flag, was)
+
+_lock, _held = threading.RLock(), {}                 # id of a module or weight -> how many hold it, and its flag before the first
 
 # %% ../nbs/03_models.ipynb #a5fbd216
 def _precision_switches():
@@ -234,13 +264,16 @@ def _probe(image_shape):
 def answers(
     model,        # [b, C, H, W] -> [b, k]
     image_shape,  # C, H, W
+    batch_size=16,# if it takes one size only
+    device=None,  # of the images; None: where the model's tensors are
 )->str:           # four numbers; '' where the same image gets another answer each time, which identifies nothing
     "What a model says to a fixed probe: tells two functions apart that have the same tensors."
-    images = _probe(image_shape).to(device_of(model))
+    images = _probe(image_shape).to(device_of(model) if device is None else device)
     half = next((t.dtype for t in model_tensors(model) if t.dtype in (torch.float16, torch.bfloat16)), None)
     def ask():
         with frozen(model), torch.autocast(images.device.type, half, enabled=half is not None):
-            logits = check_model(model, images)
+            x = images if half is None else images.to(half)
+            logits = check_model(for_any_number(model, x, batch_size), x)
         logits = logits.detach().double().cpu().nan_to_num(0., 1e6, -1e6)
         weights = torch.from_numpy(np.random.RandomState(1).randn(3, logits.numel()))
         numbers = [logits.square().mean().sqrt(), *(weights @ logits.flatten() / logits.numel()**.5)]

@@ -19,7 +19,7 @@ import ipywidgets as W
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..bounds import check_samples, max_radius
+from ..bounds import check_samples, check_sigma, max_radius
 from ..certify import ABSTAIN, Certificate, noisy_copies, vote_stream
 from ..checkpoint import load as load_checkpoint
 from ..common import data_folder, locate
@@ -91,7 +91,8 @@ def watch(
     pace=0.,                # seconds from one look to the next, at least
 ):                          # yields `Watched`: without votes, then at most twice as many as before each time, and all of them in the end
     "Certify one image, slowly enough to follow."
-    check_samples(n)
+    n = check_samples(n)
+    sigma = check_sigma(sigma)
     if not 0 <= image < len(images): raise ValueError(f"there is no image {image}: the test split has {len(images)}, so choose one from 0 to {len(images) - 1}")
     x, drawn, seen, shown, due = images[image].to(device_of(model)), np.empty(N0 + n, np.int64), 0, 0, 0.
     pictures = torch.stack([x, *noisy_copies(x, sigma, COPIES, seed, image)]).cpu().numpy()
