@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .bounds import check_number, constant_acr, max_radius
+from .common import document
 from .distribution import Outcome
 from .metrics import setting
 
@@ -72,3 +73,6 @@ def all_or_nothing(
     ceiling = max_radius(sigma, n, alpha)
     check_number(acr, f'with n = {n} and sigma = {sigma:g} an average certified radius', 0, ceiling)
     return acr / ceiling if ceiling else 0.
+
+# %% ../nbs/16_acr.ipynb #cc4d67be
+document(__name__)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .bounds import check_number, check_samples
 from .certify import predict
+from .common import document
 from .data import CRAFTING, check_images, image_keys
 from .models import device_of, frozen
 from .noise import as_logits, gaussian_noise, noisy_logits
@@ -99,7 +100,7 @@ def smoothed_pgd(
     noise,           # [m, b, C, H, W]
     strength=1.,     # factor of eps
     eps=1.,          # l2 budget, in [0,1]-pixel units; a number, or one for each image [b]
-    steps=10,
+    steps=10,        # of projected gradient ascent
     step_size=None,  # default: 2 eps / steps
 ):                   # [m, b, C, H, W]
     "Projected gradient ascent on the smoothed classifier; all noises of an image move alike (Salman et al., 2019)."
@@ -123,7 +124,7 @@ gradient_free.uses_gradient = False
 def ddn(
     model, x, y, noise, strength=1.,  # as in `smoothed_pgd`
     eps=1.,    # l2 budget: start norm, and bound of the result
-    steps=4,
+    steps=4,   # passes forward and backward
     gamma=.05, # change of the norm per step
 ):             # [m, b, C, H, W]
     "Decoupled direction and norm attack on the smoothed classifier (Rony et al., 2019; Salman et al., 2019)."
@@ -155,7 +156,7 @@ def ddn(
 def sphere_attack(
     model, x, y, noise,  # as in `smoothed_pgd`
     eps=.25,             # length of one step, in [0,1]-pixel units
-    steps=4,
+    steps=4,             # passes forward and backward
     norm=2,              # 2, or 'inf': every pixel moves by eps / sqrt(d)
     strength=1.,         # factor of eps
 ):                       # [m, b, C, H, W], each with the norm it had
@@ -209,3 +210,6 @@ def attack_smoothed(
         rows += [dict(idx=i, label=int(c), predict=a, base_predict=int(b), correct=int(a == c), norm=float(size))
                  for i, c, a, b, size in zip(ids.tolist(), y, answers, base, image_norm(d).flatten())]
     return pd.DataFrame(rows)
+
+# %% ../nbs/08_attacks.ipynb #b44257b1
+document(__name__)

@@ -23,7 +23,7 @@ from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from .bounds import certified_radius, check_alpha, check_samples, check_sigma, lower_bound, min_samples, plain_number, round_down, two_sided_p
-from .common import interruptible, unknown
+from .common import document, interruptible, unknown
 from .data import Items, check_images, check_labels, fingerprint, some_images
 from .log import LogWriter, read_log
 from .models import answers, check_model, device_of, exact_float32, for_any_number, frozen, is_scripted, model_tensors, weights_hash
@@ -359,3 +359,6 @@ def _look(model, images, labels, sigma, precision, batch_size):
         warnings.warn(f"on noisy images (sigma={sigma}) the model is right for {accuracy:.0%} of {len(labels)}, and always answering the most frequent class for {chance:.0%}: "
                       "was it trained with this noise, on pixels in [0, 1], and is its normalisation the right one?", stacklevel=3)
     return logits.shape[1]
+
+# %% ../nbs/05_certify.ipynb #38a87db9
+document(__name__)

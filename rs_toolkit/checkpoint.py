@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
-from .common import named, unknown, write_file
+from .common import document, named, unknown, write_file
 from .data import STATISTICS, statistics
 from .models import build, check_model, device_of, frozen, model_names
 
@@ -301,3 +301,6 @@ def _check_claim(path, recipe, dataset, normalization):
         if not np.allclose(recipe[name] or default, asked or default, atol=1e-4):
             raise ValueError(f"{path} holds its own {name}, {recipe[name]}; the call ({dataset}, {normalization}) "
                              f"says {asked}: leave out normalization=")
+
+# %% ../nbs/11_checkpoint.ipynb #97d2dd82
+document(__name__)

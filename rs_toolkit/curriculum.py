@@ -11,6 +11,7 @@ import torch
 from scipy.special import ndtri
 
 from .bounds import check_alpha, check_number, check_samples, check_sigma, lower_bound
+from .common import document
 from .data import COUNTING, image_keys, images_at
 from .methods.core import check_epoch, duration_of, epoch_of, total
 from .models import device_of, frozen
@@ -59,7 +60,7 @@ class EasyData:
         threshold=.5,       # smallest vote share that is kept, p_t; 0 keeps every image
         reweigh=True,       # draw by radius, or uniformly
         every=10,           # epochs between two countings; or a part of the run
-        seed=0,
+        seed=0,             # of the order, and of the noise that is counted
         discard_noise=100,  # draws behind the discard
         count_noise=16,     # draws behind a weight
         alpha=.1,           # of the lower bound behind a weight
@@ -106,3 +107,6 @@ class EasyData:
     def load_state_dict(self, state): self.kept, self.weights = state['kept'], state['weights']
 
 CURRICULA = {'easy_data': EasyData}
+
+# %% ../nbs/09_curriculum.ipynb #74dfc2b8
+document(__name__)

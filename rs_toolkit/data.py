@@ -25,7 +25,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from .bounds import plain_number
-from .common import locate, project_folder, unknown
+from .common import document, locate, project_folder, unknown
 from .noise import key_seed
 
 # %% ../nbs/02_data.ipynb #2a2e162d
@@ -446,3 +446,6 @@ def some_images(
     part.names = images.names[rows] if isinstance(rows, slice) else [images.names[row] for row in rows]
     part.shape = torch.Size([len(part.names), *images.shape[1:]])
     return part
+
+# %% ../nbs/02_data.ipynb #90df41fd
+document(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .bounds import certified_radius, check_samples, lower_bound, round_down
-from .common import locate
+from .common import document, locate
 from .log import read_log
 from .metrics import check_comparable, recertify, setting
 
@@ -119,3 +119,6 @@ def project(
     if n <= drawn: raise ValueError(f"this log holds {drawn} votes per image: n = {n} needs no projection, `recertify` gives its certificates")
     expected = cast[:, 0] + (n - drawn) * (cast[:, 0] + .5) / (drawn + 1)              # not whole, nor need it be
     return _outcome(log, expected, n, alpha, cast[:, 1] / drawn, True)
+
+# %% ../nbs/14_distribution.ipynb #30e54dc4
+document(__name__)

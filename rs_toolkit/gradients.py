@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 from .bounds import check_samples
-from .common import unknown
+from .common import document, unknown
 from .data import COUNTING, check_images, image_keys, images_at
 from .models import device_of, frozen
 from .noise import gaussian_noise, noisy_logits
@@ -123,3 +123,6 @@ def gradient_norm_figure(
                            xref='paper', x=1.01, xanchor='left', yref='paper', y=1 - .14 * k, yanchor='top')
     return layout(fig, title, hovermode='closest', yaxis=dict(title='gradient norm', type='log', dtick=1, exponentformat='power'), width=820, margin_r=190,
                   xaxis=dict(title='share p<sub>A</sub> of noisy copies that are classified correctly', range=[0, 1], dtick=.1))
+
+# %% ../nbs/13_gradients.ipynb #f896f038
+document(__name__)

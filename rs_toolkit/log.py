@@ -16,7 +16,7 @@ from warnings import warn
 import pandas as pd
 
 from .bounds import check_alpha, check_samples, check_sigma, max_radius
-from .common import hold, same_answers, saving, write_file
+from .common import document, hold, same_answers, saving, write_file
 
 # %% ../nbs/04_log.ipynb #ae3778f3
 COLUMNS = ['idx', 'label', 'predict',   # image, its class, the class of the smoothed classifier (-1: abstains)
@@ -254,3 +254,6 @@ def merge_logs(
     if len(twice): raise ValueError(f"idx {twice.iloc[0]} is in {' and '.join(path for path, log in logs.items() if (log.idx == twice.iloc[0]).any())}: "
                                     "give each image to one shard")
     return whole
+
+# %% ../nbs/04_log.ipynb #f8cc21fb
+document(__name__)

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy.special import bdtr, ndtr
 
 from .bounds import certified_radius, check_alpha, check_samples, lower_bound, round_down, votes_of
+from .common import document
 
 # %% ../nbs/06_metrics.ipynb #9194d107
 def credited_radii(
@@ -189,3 +190,6 @@ def per_class(
 
 def _summary(log, radii):
     return {'ACR': average_certified_radius(log), 'abstention': abstention_rate(log)} | dict(zip(radii, certified_accuracy(log, radii)))
+
+# %% ../nbs/06_metrics.ipynb #d8d399c7
+document(__name__)

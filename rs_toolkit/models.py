@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from .common import named, same_answers, unknown
+from .common import document, named, same_answers, unknown
 from .data import fingerprint
 from .noise import NoLogits, as_logits
 
@@ -130,7 +130,7 @@ def build(
     in_channels=3,     # of the images
     image_size=32,     # pixels along one side
     mean=None,         # by which the first layer normalises; None: not at all
-    std=None,
+    std=None,          # by which it divides
     **arch_args,       # what else the network takes, such as width=32
 )->Normalized:         # freshly initialised, in training mode
     "A `Normalized` network by name."
@@ -307,3 +307,6 @@ class HalfSpace(nn.Module):
     def forward(self, x):
         d = self.distance(x)
         return torch.stack([-d, d], 1)
+
+# %% ../nbs/03_models.ipynb #e6fac128
+document(__name__)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .bounds import check_sigma, plain_number
+from .common import document
 
 # %% ../nbs/01_noise.ipynb #f6ce61ef
 def key_seed(
@@ -111,3 +112,6 @@ def noise_chunk(
 ):              # `out`
     "One chunk of standard normal certification noise: a function of its arguments and the device type."
     return fill_normal(out, seed, idx, counter=3*chunk + phase)
+
+# %% ../nbs/01_noise.ipynb #9b850608
+document(__name__)

@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from IPython.display import display
 from plotly.subplots import make_subplots
 
+from .common import document
 from .metrics import abstention_rate, average_certified_radius, certified_accuracy, credited_radii, envelope as best_of, p_a_survival, radii_grid
 
 # %% ../nbs/07_plots.ipynb #375564a1
@@ -170,3 +171,6 @@ class LiveFigure:
         self.handle = display(fig._repr_mimebundle_() if fig else {'text/plain': ''}, raw=True, display_id=True)
 
     def __call__(self, fig:go.Figure): self.handle.update(fig._repr_mimebundle_(), raw=True)
+
+# %% ../nbs/07_plots.ipynb #ceb5f5bc
+document(__name__)

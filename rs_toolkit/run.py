@@ -26,7 +26,7 @@ import torch
 from traitlets.log import get_logger
 
 from .attacks import ATTACKS
-from .common import hold, interruptible, named, package_folder, project_folder, saving, unknown, write_file
+from .common import document, hold, interruptible, named, package_folder, project_folder, saving, unknown, write_file
 from .curriculum import CURRICULA
 from .methods.catrs import CATRS
 from .methods.consistency import Consistency
@@ -290,3 +290,6 @@ def note(
 ):
     "Add what only became known on the way to `config.json`."
     write_json(Path(folder)/'config.json', json.loads((Path(folder)/'config.json').read_text()) | facts)
+
+# %% ../nbs/12_run.ipynb #71004c32
+document(__name__)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .attacks import image_norm, sphere_attack
+from .common import document
 from .gradients import gradient_norms
 from .methods.gaussian import Gaussian
 from .models import frozen
@@ -99,3 +100,6 @@ def path_gradients(
         if t == 0: frame = norms(noise, n)
         elif not torch.equal(noise, path[t-1]): frame = norms(noise, 1).assign(p_a=frame.p_a)
         yield frame
+
+# %% ../nbs/18_sphere_path.ipynb #1c459544
+document(__name__)

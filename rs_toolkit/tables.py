@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .common import data_folder, locate, unknown
+from .common import data_folder, document, locate, unknown
 from .distribution import log_of
 from .log import read_log
 from .metrics import average_certified_radius, certified_accuracy, check_comparable, credited_radii, setting
@@ -355,3 +355,6 @@ def export_table(
     paths = [Path(folder)/f'{name}.{kind}' for kind in texts]
     for path, text in zip(paths, texts.values()): path.write_text(text, encoding='utf-8')
     return paths
+
+# %% ../nbs/15_tables.ipynb #06972cf1
+document(__name__)

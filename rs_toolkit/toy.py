@@ -21,7 +21,7 @@ from torch import nn
 from .attacks import smoothed_pgd, sphere_attack
 from .bounds import certified_radius, check_samples, check_sigma, lower_bound, round_down
 from .certify import ABSTAIN
-from .common import unknown
+from .common import document, unknown
 from .methods.consistency import Consistency
 from .methods.gaussian import Gaussian
 from .methods.macer import MACER
@@ -243,3 +243,6 @@ def nearest_adversary(
     distances = np.hypot(*(foot - point).T)
     nearest = np.nanargmin(distances)
     return distances[nearest], tuple(foot[nearest])
+
+# %% ../nbs/17_toy.ipynb #58e46720
+document(__name__)

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from .bounds import check_number, check_samples, plain_number
-from .common import interruptible, same_answers, unknown, write_file
+from .common import document, interruptible, same_answers, unknown, write_file
 from .data import Items, batches, check_images, check_labels, fingerprint, image_keys
 from .methods.core import Method, check_epoch, epoch_of, share_gradients, too_late, total
 from .models import answers, check_model, device_of, exact_float32, frozen, model_tensors
@@ -226,14 +226,14 @@ OPTIMIZERS = {'sgd': partial(torch.optim.SGD, momentum=.9), 'adam': torch.optim.
 def fit(
     model, method,       # network to train; what to minimise
     data,                # images [N, C, H, W] in [0, 1], labels [N]; or a map-style data set of such pairs
-    epochs:int,
+    epochs:int,          # passes over the data
     batch_size=64,       # images per optimizer step, of all processes together
-    lr=.1,
-    weight_decay=1e-4,
+    lr=.1,               # learning rate, at the start
+    weight_decay=1e-4,   # of every weight
     schedule='step',     # step or cosine
     lr_drops=None,       # of `lr_schedule`
     seed=0,              # of order and augmentation
-    device='auto',
+    device='auto',       # of `pick_device`
     precision='float32', # or bfloat16: forward passes under autocast, losses in float32
     augment=None,        # (x, keys) -> x, such as `crop_flip`
     test=None,           # images, labels on which accuracy is measured after every epoch, at most 1,000 of them
@@ -361,3 +361,6 @@ def _epoch(model, method, opt, data, precision, epoch, micro_batch, bar):
         warnings.warn(f"nothing was learnt in epoch {epoch}: no loss term depended on the weights. "
                       f"Are logits detached, or turned into numbers, in {type(method).__name__}.forward?")
     return sums
+
+# %% ../nbs/10_train.ipynb #b23edfad
+document(__name__)

@@ -19,7 +19,7 @@ from plotly.subplots import make_subplots
 
 from ..acr import accuracy_without_hardest, acr_by_decile, acr_without_hardest, all_or_nothing, constant
 from ..bounds import constant_acr, max_radius, trivial_budget
-from ..common import data_folder
+from ..common import data_folder, document
 from ..distribution import Outcome, outcome
 from .core import GREEN, GREY, ORANGE, ZONE, Explorer, line, text
 from .radius import large
@@ -221,3 +221,6 @@ class ACRExplorer(Explorer):
     def picture(self):
         p = self.pair
         return acr_traces(p), in_words(p), acr_layout(p)
+
+# %% ../../nbs/explore/acr.ipynb #56bc1ea5
+document(__name__)

@@ -15,6 +15,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.basedatatypes import Undefined
 
+from ..common import document
+
 # %% ../../nbs/explore/00_core.ipynb #21694001
 BLUE, ORANGE, GREEN, PURPLE, GREY, ZONE = '#0072B2', '#D55E00', '#009E73', '#AA4499', '#8a8a8a', 'rgba(120,120,120,.14)'
 SHADE = dict(mode='none', fill='toself', fillcolor=ZONE, hoverinfo='skip')
@@ -167,3 +169,6 @@ class Worker:
         "Until the job is done; for tests and scripts."
         if self.thread: self.thread.join(seconds)
         return not (self.thread and self.thread.is_alive())
+
+# %% ../../nbs/explore/00_core.ipynb #dd5f4a10
+document(__name__)

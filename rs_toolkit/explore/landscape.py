@@ -19,6 +19,7 @@ from plotly.subplots import make_subplots
 
 from ..bounds import certified_radius, min_samples
 from ..certify import ABSTAIN, certify
+from ..common import document
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Worker, circles, dashed, dots, line
 from .radius import down, probability
 from ..metrics import average_certified_radius
@@ -249,3 +250,6 @@ class LandscapeExplorer(Explorer):
         self.wanted = key
         tell('it begins')
         self.worker.start(work(), self.update, failed)
+
+# %% ../../nbs/explore/landscape.ipynb #e7f07213
+document(__name__)

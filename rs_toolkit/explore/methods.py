@@ -18,7 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..common import data_folder, package_folder, project_folder
+from ..common import data_folder, document, package_folder, project_folder
 from .core import GREY, ORANGE, SHADE, Explorer, Worker
 from ..plots import DASHES, colours, common_look
 from ..tables import accuracy_at, export_table, lines, marks, minus, over_sigma, read_published, read_runs
@@ -384,3 +384,6 @@ class MethodsExplorer(Explorer):
         except ValueError as error: return self.complain(error)
         def show(path): written.append(path); self.say(f'Written into {folder}: <b>{", ".join(p.name for p in written)}</b>')
         self.worker.start(export_figure(self.fig, folder), show, self.complain)
+
+# %% ../../nbs/explore/methods.ipynb #781334f1
+document(__name__)

@@ -19,6 +19,7 @@ import ipywidgets as W
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..common import document
 from ..distribution import open_log, outcome, together, votes_of_log
 from .core import GREY, ORANGE, ZONE, Explorer, line, text
 from ..metrics import radii_grid, setting
@@ -282,3 +283,6 @@ class PAExplorer(Explorer):
         traces, axes = p_a_traces(self.page)
         trouble = f'<div role="alert" style="color:{ORANGE}">{escape(self.trouble)}</div>' if self.trouble else ''
         return traces, trouble + in_words(self.page), axes
+
+# %% ../../nbs/explore/p_a.ipynb #e181f089
+document(__name__)

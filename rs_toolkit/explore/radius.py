@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..bounds import certified_radius, constant_acr, fewest_votes, lower_bound, max_radius, min_samples, sensitivity, trivial_budget, vote_value
+from ..common import document
 from .core import BLUE, GREEN, GREY, ORANGE, PURPLE, SHADE, Explorer, dashed, dot, drop, line, named, text
 from ..plots import common_look
 
@@ -193,3 +194,6 @@ class RadiusExplorer(Explorer):
     def setting(self): return Setting(**self.values | dict(n=round(self.values['n'])))
 
     def picture(self): return radius_traces(self.setting), in_words(self.setting), {}
+
+# %% ../../nbs/explore/radius.ipynb #7778a36f
+document(__name__)

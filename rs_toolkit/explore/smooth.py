@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 from ..bounds import check_samples, check_sigma, max_radius
 from ..certify import ABSTAIN, Certificate, noisy_copies, vote_stream
 from ..checkpoint import load as load_checkpoint
-from ..common import data_folder, locate
+from ..common import data_folder, document, locate
 from ..data import load
 from ..models import device_of
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Worker, dashed, dot, line, named, text
@@ -272,3 +272,6 @@ class SmoothExplorer(Explorer):
         self.worker.stop()
         if self.now is None: self.say('Stopped before the first vote: no certificate.')
         elif not self.now.finished: self.show(replace(self.now, stopped=True))
+
+# %% ../../nbs/explore/smooth.ipynb #b3b7da2c
+document(__name__)

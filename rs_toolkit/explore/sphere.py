@@ -21,7 +21,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from .. import checkpoint
-from ..common import data_folder
+from ..common import data_folder, document
 from ..data import CRAFTING, image_keys, load
 from .core import BLUE, GREY, ORANGE, SHADE, Explorer, Worker, circles, dots, line, middles, text
 from ..gradients import gradient_table
@@ -291,3 +291,6 @@ class SphereExplorer(Explorer):
                  f'<b>The {digit.label}</b> ({names[digit_of[0]]}), {walk_in_words(digit, steps)}<br>'
                  f'<b>Gradients</b> ({names[gradients_of[0]]}), {gradients_in_words(tables, steps)}')
         return sphere_traces(self.known, steps), words, {}
+
+# %% ../../nbs/explore/sphere.ipynb #941af247
+document(__name__)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..attacks import budget, clip_norm, climb, gradient, unit
 from ..bounds import check_number, check_samples, check_sigma, plain_number
-from ..common import same_answers, unknown, write_file
+from ..common import document, same_answers, unknown, write_file
 from ..data import PREDICTIONS, VISIT, check_images, fingerprint, image_keys, images_at
 from .core import Method, Passes, check_classes
 from ..models import answers, device_of, exact_float32, frozen, weights_hash
@@ -47,7 +47,7 @@ def smoothed_predictions(
     images,         # of training [N, C, H, W]
     sigma:float,    # noise level of `model`
     n=1000,         # draws for each image; the authors take 10,000
-    seed=0,
+    seed=0,         # of the draws
     augment=None,   # of `images_at`, such as `crop_flip`
     path=None,      # file of the counts: read if it exists, gone on with, and written
     progress=True,  # text bar with ETA
@@ -134,3 +134,6 @@ class CATRS(Method):
         moved = noisy_logits(model, x, kl_attack(model, x, stored, noise, self.strength, self.eps, self.steps)).log_softmax(-1)
         high = (torch.xlogy(stored, stored) - stored * moved).sum(-1).max(0).values
         return {'low': low.mean(), 'high': self.lbd * (high * (kept == self.num_noise)).mean()}
+
+# %% ../../nbs/methods/catrs.ipynb #9f04bcfc
+document(__name__)

@@ -7,7 +7,7 @@ __all__ = ['FORMS', 'entropy', 'cross', 'Consistency']
 
 # %% ../../nbs/methods/consistency.ipynb #43166f6b
 from ..bounds import check_number
-from ..common import unknown
+from ..common import document, unknown
 from .core import Method
 from ..noise import noisy_cross_entropy, noisy_logits
 
@@ -44,3 +44,6 @@ class Consistency(Method):
         mean = logp.exp().mean(0)
         terms = {'ce': noisy_cross_entropy(logits, y), 'agree': self.lbd * FORMS[self.form](logp, mean).mean()}
         return terms | ({'entropy': self.eta * entropy(mean).mean()} if self.form == 'kl+entropy' else {})
+
+# %% ../../nbs/methods/consistency.ipynb #6c40b928
+document(__name__)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..bounds import check_number, check_samples, check_sigma
-from ..common import unknown
+from ..common import document, unknown
 from ..data import DRAW, TRAINING, image_keys
 from ..noise import gaussian_noise, key_seed
 
@@ -239,3 +239,6 @@ def share_gradients(
     flat = total(torch.cat([found, *(g.flatten() for g in grads)]))
     for p, g in zip(parameters, flat[1:].split([p.numel() for p in parameters])): p.grad = g.view_as(p)
     return flat[0].item() > 0
+
+# %% ../../nbs/methods/00_core.ipynb #b7b2c27b
+document(__name__)

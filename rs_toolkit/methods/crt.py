@@ -8,7 +8,7 @@ __all__ = ['MATCHES', 'NORMS', 'CRT']
 # %% ../../nbs/methods/crt.ipynb #cb703e43
 import torch
 
-from ..common import unknown
+from ..common import document, unknown
 from .core import Method, Passes, check_classes
 from ..noise import noisy_logits
 
@@ -42,3 +42,6 @@ class CRT(Method):
         ours = space(noisy_logits(model, x, noise))
         check_classes(ours, 'teacher', target.shape[-1])
         return {'transfer': NORMS[self.norm](ours - target).mean()}
+
+# %% ../../nbs/methods/crt.ipynb #946cc228
+document(__name__)

@@ -7,6 +7,7 @@ __all__ = ['Gaussian']
 
 # %% ../../nbs/methods/gaussian.ipynb #9d9be93c
 from ..bounds import check_samples
+from ..common import document
 from .core import Method, Passes
 from ..noise import noisy_cross_entropy, noisy_logits
 
@@ -32,3 +33,6 @@ class Gaussian(Method):
     def forward(self, model, x, y, index=None):
         noise = self.noise(model, x, y, index)[:self.trained]
         return {'ce': noisy_cross_entropy(noisy_logits(model, x, noise.cumsum(0) if self.accumulate_noise else noise), y)}
+
+# %% ../../nbs/methods/gaussian.ipynb #19294ba8
+document(__name__)

@@ -10,6 +10,7 @@ import torch
 from torch.special import ndtri
 
 from ..bounds import check_number
+from ..common import document
 from .core import Method, check_epoch
 from ..noise import noisy_logits
 
@@ -45,3 +46,6 @@ class MACER(Method):
         pushed = (classes[:, 0] == y) & (top[:, 0] < 1) & (top[:, 1] > 0) & (gap <= self.gamma)
         first, second = top[pushed].clamp(self.p_clip, 1 - self.p_clip).unbind(1)
         return terms | {'radius': self.lbd * self.sigma / 2 * (self.gamma - ndtri(first) + ndtri(second)).sum() / len(x)}
+
+# %% ../../nbs/methods/macer.ipynb #f4c99273
+document(__name__)

@@ -8,6 +8,7 @@ __all__ = ['SmoothMix']
 # %% ../../nbs/methods/smoothmix.ipynb #cf7925e5
 from ..attacks import clip_norm, climb, gradient, smoothed_loss, unit
 from ..bounds import check_number, check_samples
+from ..common import document
 from .core import Method, Passes
 from ..noise import noisy_cross_entropy, noisy_logits
 
@@ -57,3 +58,6 @@ class SmoothMix(Method):
         target = mean.lerp(mean.new_tensor(1 / mean.shape[-1]), share[:, None])
         kl = (target * (target.clamp_min(1e-20).log() - mixed)).sum(-1) * (mean.argmax(-1) == y)
         return {'ce': noisy_cross_entropy(clean, y), 'mix': self.eta * self.strength * kl.mean()}
+
+# %% ../../nbs/methods/smoothmix.ipynb #c1ed154d
+document(__name__)

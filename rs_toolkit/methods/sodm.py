@@ -13,7 +13,7 @@ from torch import nn
 from torch.special import ndtri
 
 from ..bounds import check_number, check_samples, plain_number
-from ..common import unknown
+from ..common import document, unknown
 from ..data import MAPPING
 from .core import Method, Passes, check_classes, check_epoch, share_gradients, total
 from ..models import frozen
@@ -62,7 +62,7 @@ class SODM(Method):
         rho=.99,                # vote share beyond which an image is left alone
         beta=6.,                # weight of the radius
         boost_from=None,        # epoch, or part of the run (between 0 and 1), from which beta is multiplied by `boost`; None: never
-        boost=10.,
+        boost=10.,              # the factor
         mapping_noise=128,      # noise copies for the update of the mapping, n'
         interval=5,             # steps between two updates of the mapping
         mapping_lr=1e-3,        # of the mapping's Adam
@@ -119,3 +119,6 @@ class SODM(Method):
             loss = sum(self.loss(logits, y).values()) * len(x) / size              # this process's share of the mean
             if loss.requires_grad: loss.backward()
         if share_gradients(self.mapping.parameters()): self.optimizer.step()
+
+# %% ../../nbs/methods/sodm.ipynb #7b7b6916
+document(__name__)

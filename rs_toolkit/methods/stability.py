@@ -9,6 +9,7 @@ __all__ = ['Stability']
 import torch.nn.functional as F
 
 from ..bounds import check_number
+from ..common import document
 from .core import Method, Passes
 from ..noise import noisy_cross_entropy, noisy_logits
 
@@ -29,3 +30,6 @@ class Stability(Method):
     def forward(self, model, x, y, index=None):
         clean, noisy = model(x).float(), noisy_logits(model, x, self.noise(model, x, y, index))
         return {'ce': F.cross_entropy(clean, y), 'stable': self.lbd * noisy_cross_entropy(noisy, clean.softmax(-1))}
+
+# %% ../../nbs/methods/stability.ipynb #31ffe3f1
+document(__name__)
