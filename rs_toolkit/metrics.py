@@ -21,12 +21,12 @@ def credited_radii(
 )->np.ndarray:         # the radius where the prediction is correct, else -inf
     "What each image contributes to certified accuracy."
     if not len(log): raise ValueError("this log has no rows: certify at least one image")
-    unknown = log.idx[log.radius.isna()]
-    if len(unknown) == len(log):
+    missing = log.radius.isna()
+    if missing.all():
         raise ValueError("this log has no radii (a PREDICT log, perhaps): certified accuracy needs a log of CERTIFY")
-    if len(unknown):
-        raise ValueError(f"the radius of image {', '.join(map(str, unknown[:5]))} is missing or not a number, "
-                         f"in {len(unknown)} of {len(log)} rows: certify these images again, "
+    if missing.any():
+        raise ValueError(f"the radius of image {', '.join(map(str, log.idx[missing][:5]))} is missing or not a number, "
+                         f"in {missing.sum()} of {len(log)} rows: certify these images again, "
                          "or leave their rows out, of every log of the comparison")
     return np.where(log.correct == 1, log.radius, -np.inf)
 

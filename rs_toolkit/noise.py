@@ -64,7 +64,8 @@ def as_logits(
 )->torch.Tensor:  # [b, k], float32
     "The logits in what a model answered."
     parts = _parts(answer)
-    tensors = [torch.as_tensor(part) for part in parts if isinstance(part, (torch.Tensor, np.ndarray))]
+    parts = [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in parts]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
     fit = [t for t in tensors if t.dim() == 2 and len(t) == size and t.shape[1] >= 2 and (len(parts) == 1 or t.is_floating_point())]
     if len(fit) != 1:
         came = ' and '.join([f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors]) or type(answer).__name__

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch._dynamo            # now: later imports would meet the stand-in of torch.Generator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -148,7 +148,7 @@ def test_line_style_tells_sigma():
 
 WRONG = {
     'nothing there': (lambda folder: 'nowhere', 'there is no nowhere'),
-    'a folder without a log': (lambda folder: str(folder), 'no log at'),
+    'a folder without a log': (lambda folder: str(folder), 'certify.tsv, neither in'),
     'another kind of text': (lambda folder: 'data/README.md', 'is not a certification log'),
     'another kind of file': (lambda folder: 'data/digits-crt/model.safetensors', 'is not a certification log'),
     'other images': (lambda folder: 'data/cifar10-crt', 'different data'),
@@ -208,6 +208,7 @@ def test_too_many_runs_are_said():
 def test_without_the_shipped_data(tmp_path, monkeypatch):
     shutil.copytree(ROOT/'data/digits-crt', tmp_path/'mine')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('rs_toolkit.common.package_folder', lambda: tmp_path)
     e = PAExplorer()
     assert 'role="alert"' in e.words.value and 'there is no data/digits-methods' in e.words.value
     e.controls['alpha'].value = .01
