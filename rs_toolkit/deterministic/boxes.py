@@ -8,7 +8,7 @@ __all__ = ['BATCH_NORMS', 'WEIGHTED', 'ACTIVATIONS', 'POOLS', 'SHAPES', 'PASSED'
            'weigh', 'entry', 'Step', 'propagate', 'exactly', 'read', 'margins', 'prepare', 'settled', 'margin_bounds',
            'proved', 'recorded']
 
-# %% ../../nbs/deterministic/boxes.ipynb #61ca46ef
+# %% ../../nbs/deterministic/boxes.ipynb #7b9e5134
 import copy
 import inspect
 import operator
@@ -25,7 +25,7 @@ from ..common import unknown
 from ..data import check_images, check_labels
 from ..models import Normalize, check_model, device_of, frozen
 
-# %% ../../nbs/deterministic/boxes.ipynb #16a36c9c
+# %% ../../nbs/deterministic/boxes.ipynb #56bdda45
 class Box(NamedTuple):
     "All points between two corners; a coordinate with equal ends is fixed."
     lower:torch.Tensor  # [b, ...]
@@ -50,12 +50,14 @@ def check_eps(
 def ball(
     x,      # images [b, C, H, W] in [0, 1]
     eps,    # half-width in [0,1]-pixel units: one number, or one for each image
-)->Box:     # cut off at 0 and 1
+)->Box:     # rounded outwards, cut off at 0 and 1
     "The images that differ from `x` by at most `eps` in every pixel."
     radius = check_eps(eps, len(x)).to(x).reshape(-1, 1, 1, 1)
-    return Box((x - radius).clamp(min=0), (x + radius).clamp(max=1))
+    lower = torch.nextafter(x - radius, torch.where(radius > 0, -torch.inf, x))
+    upper = torch.nextafter(x + radius, torch.where(radius > 0, torch.inf, x))
+    return Box(lower.clamp(min=0), upper.clamp(max=1))
 
-# %% ../../nbs/deterministic/boxes.ipynb #c19a806d
+# %% ../../nbs/deterministic/boxes.ipynb #b748427b
 class Scale(nn.Module):
     "A factor and a shift for each channel."
     def __init__(self, factor, shift):
@@ -83,7 +85,7 @@ def fixed(
     if layer.bias is not None: shift = shift + layer.bias.to(like)
     return Scale(factor, shift)
 
-# %% ../../nbs/deterministic/boxes.ipynb #e1d47410
+# %% ../../nbs/deterministic/boxes.ipynb #c235d771
 class Add(nn.Module):
     "The sum of two branches."
     def forward(self, a, b): return a + b
@@ -114,7 +116,7 @@ class Reshape(nn.Module):
 
     def forward(self, x): return x.reshape(len(x), *self.sizes)
 
-# %% ../../nbs/deterministic/boxes.ipynb #5c738a72
+# %% ../../nbs/deterministic/boxes.ipynb #714d7272
 def weigh(
     layer,           # Linear or Conv2d
     x,               # its input; the weights follow its precision
@@ -149,7 +151,7 @@ PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)       # in eva
 RULES = {**dict.fromkeys(WEIGHTED, _weighted), **dict.fromkeys((Scale, Normalize), _scaled),
          **dict.fromkeys((*ACTIVATIONS, *POOLS, *SHAPES), _increasing), Add: _added, Subtract: _subtracted}
 
-# %% ../../nbs/deterministic/boxes.ipynb #84ff1c57
+# %% ../../nbs/deterministic/boxes.ipynb #50d447fc
 def entry(
     layer,   # nn.Module
     table,   # types of layers
@@ -157,7 +159,7 @@ def entry(
     "The type that says what a layer does: its own or an ancestor's, if it shares the forward pass."
     return next((t for t in type(layer).__mro__ if t in table and t.forward is type(layer).forward), None)
 
-# %% ../../nbs/deterministic/boxes.ipynb #b8f53906
+# %% ../../nbs/deterministic/boxes.ipynb #0efa0d2f
 @dataclass(frozen=True, eq=False)
 class Step:
     "One layer at work."
@@ -183,7 +185,7 @@ OPERATIONS = {  # what a forward pass may write between its layers -> the layer 
     operator.add: Add, operator.iadd: Add, torch.add: Add, operator.sub: Subtract, operator.isub: Subtract, torch.sub: Subtract,
     F.dropout: _dropout, 'contiguous': _contiguous}
 
-# %% ../../nbs/deterministic/boxes.ipynb #84672677
+# %% ../../nbs/deterministic/boxes.ipynb #f2a6240d
 KNOWN = (*RULES, *BATCH_NORMS, *PASSED)
 
 def _refused(
@@ -227,7 +229,7 @@ def _alone(layer, node, where):
         layer.inplace = False
     return layer
 
-# %% ../../nbs/deterministic/boxes.ipynb #664250e3
+# %% ../../nbs/deterministic/boxes.ipynb #35d4af22
 class _Reader(fx.Tracer):
     "Goes into every module that has no rule and is not one of torch's own."
     def is_leaf_module(self, module, name): return entry(module, KNOWN) is not None or super().is_leaf_module(module, name)
@@ -265,7 +267,7 @@ def _steps(model):
                 inputs = tuple(place[value] for value in values)
                 steps.append(Step(where, _alone(layer, node, where), inputs))
 
-# %% ../../nbs/deterministic/boxes.ipynb #b6d0b373
+# %% ../../nbs/deterministic/boxes.ipynb #64e457e9
 def propagate(
     steps,            # of `read`
     box,              # of the images
@@ -279,7 +281,7 @@ def propagate(
         boxes.append(rule(layer, *(boxes[i] for i in step.inputs)))
     return boxes
 
-# %% ../../nbs/deterministic/boxes.ipynb #e10b11f0
+# %% ../../nbs/deterministic/boxes.ipynb #49cd51ba
 @contextmanager
 def exactly(
     device,  # torch.device
@@ -302,9 +304,9 @@ def read(
     if not isinstance(model, nn.Module):
         raise ValueError(f"bounds go through a network layer by layer: the model must be a torch.nn.Module, got {type(model).__name__}")
     with frozen(model), exactly(example.device):
+        steps = _steps(model)
         logits = check_model(model, example.clone())
         if not logits.isfinite().all(): raise ValueError("the model returned NaN or infinite logits: look at its weights")
-        steps = _steps(model)
         found = propagate(steps, Box(example, example))[-1]
     size = float(logits.abs().max())
     if found.lower.shape != logits.shape or not torch.allclose(found.centre, logits, rtol=1e-3, atol=1e-4*size + 1e-6):
@@ -315,7 +317,7 @@ def read(
     nn.init.eye_(same.weight)
     return [*steps, Step('logits', same, (len(steps) - 1,))]
 
-# %% ../../nbs/deterministic/boxes.ipynb #c1567a76
+# %% ../../nbs/deterministic/boxes.ipynb #3b2c5556
 LARGEST = 2**24   # numbers of one tensor of differences; more classes come in parts
 
 def margins(
@@ -334,7 +336,7 @@ def margins(
         parts.append(middle - torch.einsum('bcd,bd->bc', lead.abs(), radius))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/boxes.ipynb #a00ffec5
+# %% ../../nbs/deterministic/boxes.ipynb #f5b88396
 PRECISIONS = {'float32': torch.float32, 'float64': torch.float64}
 
 def prepare(
@@ -400,7 +402,7 @@ def proved(
     worst = margins.scatter(1, y[:, None], torch.inf).amin(1)
     return (logits.argmax(1) == y) & (worst > tolerance)
 
-# %% ../../nbs/deterministic/boxes.ipynb #a337d24e
+# %% ../../nbs/deterministic/boxes.ipynb #dd54b9bc
 @contextmanager
 def recorded(
     steps,  # of `read`
