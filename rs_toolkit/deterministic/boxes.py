@@ -8,7 +8,7 @@ __all__ = ['BATCH_NORMS', 'WEIGHTED', 'ACTIVATIONS', 'POOLS', 'SHAPES', 'PASSED'
            'weigh', 'entry', 'Step', 'propagate', 'exactly', 'read', 'margins', 'prepare', 'settled', 'margin_bounds',
            'proved', 'recorded']
 
-# %% ../../nbs/deterministic/boxes.ipynb #7b9e5134
+# %% ../../nbs/deterministic/boxes.ipynb #16d49bd2
 import copy
 import inspect
 import operator
@@ -25,14 +25,14 @@ from ..common import unknown
 from ..data import check_images, check_labels
 from ..models import Normalize, check_model, device_of, frozen
 
-# %% ../../nbs/deterministic/boxes.ipynb #56bdda45
+# %% ../../nbs/deterministic/boxes.ipynb #2c221dbc
 class Box(NamedTuple):
     "All points between two corners; a coordinate with equal ends is fixed."
     lower:torch.Tensor  # [b, ...]
     upper:torch.Tensor  # [b, ...]
 
     @property
-    def centre(self): return (self.lower + self.upper) / 2
+    def centre(self): return torch.lerp(self.lower, self.upper, .5)
 
     @property
     def radius(self): return (self.upper - self.lower) / 2
@@ -57,7 +57,7 @@ def ball(
     upper = torch.nextafter(x + radius, torch.where(radius > 0, torch.inf, x))
     return Box(lower.clamp(min=0), upper.clamp(max=1))
 
-# %% ../../nbs/deterministic/boxes.ipynb #b748427b
+# %% ../../nbs/deterministic/boxes.ipynb #ac0652e8
 class Scale(nn.Module):
     "A factor and a shift for each channel."
     def __init__(self, factor, shift):
@@ -85,7 +85,7 @@ def fixed(
     if layer.bias is not None: shift = shift + layer.bias.to(like)
     return Scale(factor, shift)
 
-# %% ../../nbs/deterministic/boxes.ipynb #c235d771
+# %% ../../nbs/deterministic/boxes.ipynb #f1e34328
 class Add(nn.Module):
     "The sum of two branches."
     def forward(self, a, b): return a + b
@@ -116,7 +116,7 @@ class Reshape(nn.Module):
 
     def forward(self, x): return x.reshape(len(x), *self.sizes)
 
-# %% ../../nbs/deterministic/boxes.ipynb #714d7272
+# %% ../../nbs/deterministic/boxes.ipynb #93004294
 def weigh(
     layer,           # Linear or Conv2d
     x,               # its input; the weights follow its precision
@@ -130,11 +130,12 @@ def weigh(
 
 def _weighted(layer, box):
     centre = weigh(layer, box.centre)
-    radius = weigh(layer, box.radius, absolute=True)
-    return Box(centre - radius, centre + radius)
+    width = weigh(layer, box.upper - box.lower, absolute=True)
+    return Box(torch.add(centre, width, alpha=-.5), torch.add(centre, width, alpha=.5))
 
 def _scaled(layer, box):
     ends = layer(box.lower), layer(box.upper)
+    if isinstance(layer, Scale) and (layer.factor >= 0).all(): return Box(*ends)
     return Box(torch.minimum(*ends), torch.maximum(*ends))
 
 def _increasing(layer, box): return Box(layer(box.lower), layer(box.upper))
@@ -151,7 +152,7 @@ PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)       # in eva
 RULES = {**dict.fromkeys(WEIGHTED, _weighted), **dict.fromkeys((Scale, Normalize), _scaled),
          **dict.fromkeys((*ACTIVATIONS, *POOLS, *SHAPES), _increasing), Add: _added, Subtract: _subtracted}
 
-# %% ../../nbs/deterministic/boxes.ipynb #50d447fc
+# %% ../../nbs/deterministic/boxes.ipynb #9af3e0ca
 def entry(
     layer,   # nn.Module
     table,   # types of layers
@@ -159,7 +160,7 @@ def entry(
     "The type that says what a layer does: its own or an ancestor's, if it shares the forward pass."
     return next((t for t in type(layer).__mro__ if t in table and t.forward is type(layer).forward), None)
 
-# %% ../../nbs/deterministic/boxes.ipynb #0efa0d2f
+# %% ../../nbs/deterministic/boxes.ipynb #508db56a
 @dataclass(frozen=True, eq=False)
 class Step:
     "One layer at work."
@@ -185,7 +186,7 @@ OPERATIONS = {  # what a forward pass may write between its layers -> the layer 
     operator.add: Add, operator.iadd: Add, torch.add: Add, operator.sub: Subtract, operator.isub: Subtract, torch.sub: Subtract,
     F.dropout: _dropout, 'contiguous': _contiguous}
 
-# %% ../../nbs/deterministic/boxes.ipynb #f2a6240d
+# %% ../../nbs/deterministic/boxes.ipynb #a73a43d2
 KNOWN = (*RULES, *BATCH_NORMS, *PASSED)
 
 def _refused(
@@ -229,7 +230,7 @@ def _alone(layer, node, where):
         layer.inplace = False
     return layer
 
-# %% ../../nbs/deterministic/boxes.ipynb #35d4af22
+# %% ../../nbs/deterministic/boxes.ipynb #29106d7f
 class _Reader(fx.Tracer):
     "Goes into every module that has no rule and is not one of torch's own."
     def is_leaf_module(self, module, name): return entry(module, KNOWN) is not None or super().is_leaf_module(module, name)
@@ -267,7 +268,7 @@ def _steps(model):
                 inputs = tuple(place[value] for value in values)
                 steps.append(Step(where, _alone(layer, node, where), inputs))
 
-# %% ../../nbs/deterministic/boxes.ipynb #64e457e9
+# %% ../../nbs/deterministic/boxes.ipynb #c2cf59f1
 def propagate(
     steps,            # of `read`
     box,              # of the images
@@ -281,7 +282,7 @@ def propagate(
         boxes.append(rule(layer, *(boxes[i] for i in step.inputs)))
     return boxes
 
-# %% ../../nbs/deterministic/boxes.ipynb #49cd51ba
+# %% ../../nbs/deterministic/boxes.ipynb #4e0f49a9
 @contextmanager
 def exactly(
     device,  # torch.device
@@ -317,7 +318,7 @@ def read(
     nn.init.eye_(same.weight)
     return [*steps, Step('logits', same, (len(steps) - 1,))]
 
-# %% ../../nbs/deterministic/boxes.ipynb #3b2c5556
+# %% ../../nbs/deterministic/boxes.ipynb #17ee640f
 LARGEST = 2**24   # numbers of one tensor of differences; more classes come in parts
 
 def margins(
@@ -336,7 +337,7 @@ def margins(
         parts.append(middle - torch.einsum('bcd,bd->bc', lead.abs(), radius))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/boxes.ipynb #f5b88396
+# %% ../../nbs/deterministic/boxes.ipynb #15fd5864
 PRECISIONS = {'float32': torch.float32, 'float64': torch.float64}
 
 def prepare(
@@ -402,7 +403,7 @@ def proved(
     worst = margins.scatter(1, y[:, None], torch.inf).amin(1)
     return (logits.argmax(1) == y) & (worst > tolerance)
 
-# %% ../../nbs/deterministic/boxes.ipynb #dd54b9bc
+# %% ../../nbs/deterministic/boxes.ipynb #7e4d291d
 @contextmanager
 def recorded(
     steps,  # of `read`

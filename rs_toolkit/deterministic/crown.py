@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKWARD', 'INTERMEDIATE', 'lower_bounds', 'tighter', 'layer_boxes', 'margins', 'check_steps', 'margin_bounds']
 
-# %% ../../nbs/deterministic/crown.ipynb #2f480e58
+# %% ../../nbs/deterministic/crown.ipynb #109792fe
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from .boxes import (BATCH_NORMS, SHAPES, Add, Box, Scale, SpatialMean, Subtract,
                                             propagate, settled, weigh)
 from ..models import Normalize
 
-# %% ../../nbs/deterministic/crown.ipynb #1fb4c2bc
+# %% ../../nbs/deterministic/crown.ipynb #b304f2a6
 def _linear_map(layer, A, box):
     "Any linear layer: by its gradient."
     questions = A.flatten(0, 1)
@@ -63,7 +63,7 @@ def _difference(layer, A, *boxes): return [A, -A], 0.
 BACKWARD = {nn.Linear: _matrix, nn.Conv2d: _convolution, Scale: _scale, nn.ReLU: _relu, Add: _sum, Subtract: _difference, **dict.fromkeys(SHAPES, _shape),
             **dict.fromkeys((Normalize, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean), _linear_map)}
 
-# %% ../../nbs/deterministic/crown.ipynb #8c532dad
+# %% ../../nbs/deterministic/crown.ipynb #08c34005
 def lower_bounds(
     steps,            # of `boxes.read`
     boxes,            # Box of each step; those before a ReLU say where it bends
@@ -113,7 +113,7 @@ def tighter(
         upper = upper.scatter(1, part, torch.minimum(high, upper.gather(1, part)))
     return Box(lower.unflatten(1, shape[1:]), upper.unflatten(1, shape[1:]))
 
-# %% ../../nbs/deterministic/crown.ipynb #48b50f10
+# %% ../../nbs/deterministic/crown.ipynb #b36e27c5
 def layer_boxes(
     steps,              # of `boxes.read`
     box,                # of the images
@@ -145,7 +145,7 @@ def margins(
         parts.append(lower_bounds(steps, boxes, len(steps) - 1, lead, statistics))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/crown.ipynb #eb8a1830
+# %% ../../nbs/deterministic/crown.ipynb #cd0ae17b
 INTERMEDIATE = ('ibp', 'crown')
 
 def check_steps(
