@@ -23,7 +23,7 @@ def unsettled(model, seed=0):
     return model.eval()
 
 class Branches(nn.Module):
-    "What CROWN accepts, and a box must get right: groups, dilation, strides, odd padding, pools, a sum and a difference of branches."
+    "What CROWN accepts, and a box must get right: groups, dilation, strides, odd padding, pools, sums, differences."
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(2, 6, 3, padding=1, padding_mode='reflect')
@@ -42,15 +42,24 @@ class Branches(nn.Module):
         x = self.pool(self.conv3(b + a - F.relu(a - b)))
         return self.head(torch.relu(self.bn3(self.hidden(x.mean((2, 3))))))
 
-def colour(): return nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten(), nn.Linear(192, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+def in_place():
+    return nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten(),
+                         nn.Linear(192, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+
+def torchvisions():
+    block = build('resnet18', 5, 3, 32)[1].layer1[0]
+    return nn.Sequential(block, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 3))
+
+def no_head():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 NETWORKS = {   # name -> network, shape of an image
     'branches': (Branches, (2, 8, 8)),
-    'in place': (colour, (2, 8, 8)),
+    'in place': (in_place, (2, 8, 8)),
     'grey and normalised': (lambda: build('cnn_digits', 10, 1, 8, [.3], [.25]), (1, 8, 8)),
     'residual': (lambda: Normalized(CifarResNet(8, 10, 3), [.5, .4, .3], [.2, .2, .1]), (3, 8, 8)),
-    "torchvision's": (lambda: nn.Sequential(build('resnet18', 5, 3, 32)[1].layer1[0], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 3)), (64, 4, 4)),
-    'no linear head': (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), (1, 8, 8))}
+    "torchvision's": (torchvisions, (64, 4, 4)),
+    'no linear head': (no_head, (1, 8, 8))}
 each_network = pytest.mark.parametrize('name', NETWORKS)
 
 def network(name):
@@ -93,7 +102,8 @@ def test_no_value_leaves_its_box(name):
 def test_no_margin_is_below_its_bound(name):
     model, x, y = network(name)
     for eps in 0., .01, .1:
-        found = {'ibp boxes': boxes.margin_bounds(model, x, y, eps), **{i: crown.margin_bounds(model, x, y, eps, i) for i in INTERMEDIATE}}
+        found = {i: crown.margin_bounds(model, x, y, eps, i) for i in INTERMEDIATE}
+        found['ibp boxes'] = boxes.margin_bounds(model, x, y, eps)
         box = ball(x, eps)
         share = torch.rand(500, *x.shape)
         share[::2] = share[::2].round()
@@ -105,15 +115,17 @@ def test_no_margin_is_below_its_bound(name):
             if eps == 0: torch.testing.assert_close(bound, true, rtol=1e-4, atol=slack.item())
         assert (found['crown'].sum() > found['ibp boxes'].sum()) or eps == 0
 
-LAYERS = [nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), groups=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode='circular'), nn.Conv2d(4, 2, 3, dilation=2, bias=False),
-          nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.MaxPool2d(3, stride=1), nn.MaxPool2d(2, stride=3, ceil_mode=True), nn.AvgPool2d(3, 2, 1),
-          nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(2), nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(.3), nn.ELU(), nn.SELU(), nn.CELU(), nn.Sigmoid(), nn.LogSigmoid(), nn.Tanh(), nn.Softplus(), nn.Softsign(),
-          nn.Hardtanh(), nn.Hardsigmoid(), nn.Linear(7, 5)]
+LAYERS = [nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), groups=2),
+          nn.Conv2d(4, 4, 3, padding=1, padding_mode='circular'), nn.Conv2d(4, 2, 3, dilation=2, bias=False),
+          nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.MaxPool2d(3, stride=1),
+          nn.MaxPool2d(2, stride=3, ceil_mode=True), nn.AvgPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(3),
+          nn.AdaptiveMaxPool2d(2), nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(.3), nn.ELU(), nn.SELU(), nn.CELU(), nn.Sigmoid(), nn.LogSigmoid(), nn.Tanh(),
+          nn.Softplus(), nn.Softsign(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Linear(7, 5)]
 
 @pytest.mark.parametrize('layer', LAYERS, ids=str)
 @torch.no_grad()
 def test_the_rule_of_each_layer_is_sound_and_exact(layer):
-    "Nothing leaves the box of a layer, and its ends are reached: where a coordinate is monotone in each input, at a corner."
+    "Nothing leaves the box of a layer, and its ends are reached, at a corner."
     torch.manual_seed(1)
     unsettled(layer, 1)
     low = torch.randn(1, 4, 7, 7)
@@ -124,7 +136,7 @@ def test_the_rule_of_each_layer_is_sound_and_exact(layer):
     share = torch.rand(2000, *low.shape[1:])
     out = layer(low + share*(box.upper - low))
     assert (out >= found.lower - 1e-5).all() and (out <= found.upper + 1e-5).all()
-    for at, sign in ((0, 1), (-1, -1)):                                             # the corner that gradients point to reaches the ends
+    for at, sign in ((0, 1), (-1, -1)):                                     # the corner that gradients point to
         with torch.enable_grad():
             centre = box.centre.requires_grad_()
             value = layer(centre).flatten()[at]
@@ -141,10 +153,11 @@ def test_modes_batches_and_the_callers_module(bound):
     model, x, y = network('grey and normalised')
     eval_bounds = bound(model, x, y, .05)
     model.train()
-    model[1][1].eval()                                                              # somebody keeps one layer fixed on purpose
+    model[1][1].eval()                                     # somebody keeps one layer fixed on purpose
     before, modes, pixels = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()], x.clone()
     with torch.autocast('cpu', torch.bfloat16): assert torch.equal(bound(model, x, y, .05), eval_bounds)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and [m.training for m in model.modules()] == modes and torch.equal(x, pixels)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes and torch.equal(x, pixels)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     radii = [.01, .05, .2]
     alone = torch.cat([bound(model, x[i:i+1], y[i:i+1], r) for i, r in enumerate(radii)])
@@ -167,11 +180,21 @@ def test_fixed_pixels_and_saturated_boxes(bound):
 @pytest.mark.parametrize('bound', [boxes.margin_bounds, crown.margin_bounds], ids=['ibp', 'crown'])
 def test_what_makes_no_sense_is_refused(bound):
     model, x, y = network('grey and normalised')
-    for wrong, words in [((model, 255*x, y, .1), r'\[0, 1\]'), ((model, x, y, 8), '8/255, not 8'), ((model, x, y, -.1), '8/255, not 8'), ((model, x, y, float('nan')), 'nan'),
-                         ((model, x, y, [.1, .2]), '3 images, got 2'), ((model, x, y), 'eps=None'), ((model, ball(x, .1), y, .1), 'Box'), ((model, x, y + 8, .1), 'labels'),
-                         ((model, Box(*reversed(ball(x, .1))), y), 'lower > upper'), ((lambda x: x, x, y, .1), 'torch.nn.Module'), ((model, x*torch.nan, y, .1), r'\[0, 1\]'),
-                         ((nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.GELU()), x, y, .1), "GELU.*'2'.*Known layers: Linear"),
-                         ((nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.SiLU()), x, y, .1), 'must be increasing')]:
+    ending_in = lambda layer: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), layer)
+    cases = [((model, 255*x, y, .1), r'\[0, 1\]'),
+             ((model, x*torch.nan, y, .1), r'\[0, 1\]'),
+             ((model, x, y, 8), '8/255, not 8'),
+             ((model, x, y, -.1), '8/255, not 8'),
+             ((model, x, y, float('nan')), 'nan'),
+             ((model, x, y, [.1, .2]), '3 images, got 2'),
+             ((model, x, y), 'eps=None'),
+             ((model, ball(x, .1), y, .1), 'Box'),
+             ((model, Box(*reversed(ball(x, .1))), y), 'lower > upper'),
+             ((model, x, y + 8, .1), 'labels'),
+             ((lambda x: x, x, y, .1), 'torch.nn.Module'),
+             ((ending_in(nn.GELU()), x, y, .1), "GELU.*'2'.*Known layers: Linear"),
+             ((ending_in(nn.SiLU()), x, y, .1), 'must be increasing')]
+    for wrong, words in cases:
         with pytest.raises(ValueError, match=words): bound(*wrong)
     with pytest.raises(ValueError, match='precision'): bound(model, x, y, .1, precision='float8')
 
@@ -179,15 +202,19 @@ def test_overflow_proves_nothing():
     "Boxes beyond float32 become infinite or no numbers at all, and no ReLU takes those for decided."
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
-        net[1].weight.fill_(3e38), net[1].bias.fill_(-3e38)
-        net[2].weight.fill_(1e-38), net[4].weight.copy_(torch.tensor([[0.]*4, [-1.]*4])), net[4].bias.copy_(torch.tensor([1., 0]))
+        net[1].weight.fill_(3e38)
+        net[1].bias.fill_(-3e38)
+        net[2].weight.fill_(1e-38)
+        net[4].weight.copy_(torch.tensor([[0.]*4, [-1.]*4]))
+        net[4].bias.copy_(torch.tensor([1., 0]))
     x, y = torch.full((1, 1, 2, 2), .25), torch.tensor([0])
     assert net(x).isfinite().all()
-    for found in boxes.margin_bounds(net, x, y, .5), *(crown.margin_bounds(net, x, y, .5, i) for i in INTERMEDIATE): assert found.tolist() == [[0, -torch.inf]]
+    bounds = [crown.margin_bounds(net, x, y, .5, i) for i in INTERMEDIATE]
+    for found in [boxes.margin_bounds(net, x, y, .5), *bounds]: assert found.tolist() == [[0, -torch.inf]]
 
 @pytest.mark.parametrize('bound', [boxes.margin_bounds, crown.margin_bounds], ids=['ibp', 'crown'])
 def test_single_precision_does_not_promise_more(bound):
-    "At the largest eps that double precision proves, single precision claims at most the tolerance of `proved` more, also for tiny boxes."
+    "At the largest eps that double precision proves, single precision claims no more than `proved` forgives."
     torch.manual_seed(0)
     model, x = build('cnn_digits', 10, 1, 8).eval(), torch.rand(24, 1, 8, 8)
     with torch.no_grad(): logits = model(x)
@@ -211,7 +238,9 @@ def test_saturated_margins_have_finite_gradients():
         for eps in 0., .1:
             with boxes.recorded(steps) as statistics: model(x)
             found = boxes.propagate(steps, ball(x, eps), statistics)
-            for lead in boxes.margins(steps[-1].layer, found[steps[-1].inputs[0]], y), crown.margins(steps, found, y, statistics=statistics):
+            leads = [boxes.margins(steps[-1].layer, found[steps[-1].inputs[0]], y),
+                     crown.margins(steps, found, y, statistics=statistics)]
+            for lead in leads:
                 model.zero_grad()
                 F.cross_entropy(-scale*lead, y).backward(retain_graph=True)
                 assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -223,7 +252,9 @@ def test_margins_agree_with_auto_lirpa():
     bounded = lirpa.BoundedModule(copy.deepcopy(model), x)
     image = lirpa.BoundedTensor(x, lirpa.PerturbationLpNorm(norm=torch.inf, x_L=box.lower, x_U=box.upper))
     lead = torch.eye(10)[y][:, None] - torch.eye(10)
-    for method, found in [('IBP', boxes.margin_bounds(model, x, y, .02)), ('CROWN-IBP', crown.margin_bounds(model, x, y, .02)), ('CROWN', crown.margin_bounds(model, x, y, .02, 'crown'))]:
+    ours = {'IBP': boxes.margin_bounds(model, x, y, .02), 'CROWN-IBP': crown.margin_bounds(model, x, y, .02),
+            'CROWN': crown.margin_bounds(model, x, y, .02, 'crown')}
+    for method, found in ours.items():
         lower, _ = bounded.compute_bounds(x=(image,), C=lead, method=method, bound_upper=False)
         torch.testing.assert_close(found, lower.detach(), rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,7 @@ __all__ = ['BATCH_NORMS', 'WEIGHTED', 'ACTIVATIONS', 'POOLS', 'SHAPES', 'PASSED'
            'weigh', 'entry', 'Step', 'propagate', 'exactly', 'read', 'margins', 'prepare', 'settled', 'margin_bounds',
            'proved', 'recorded']
 
-# %% ../../nbs/deterministic/boxes.ipynb #16d49bd2
+# %% ../../nbs/deterministic/boxes.ipynb #5721db37
 import copy
 import inspect
 import operator
@@ -25,7 +25,7 @@ from ..common import unknown
 from ..data import check_images, check_labels
 from ..models import Normalize, check_model, device_of, frozen
 
-# %% ../../nbs/deterministic/boxes.ipynb #2c221dbc
+# %% ../../nbs/deterministic/boxes.ipynb #f83477bc
 class Box(NamedTuple):
     "All points between two corners; a coordinate with equal ends is fixed."
     lower:torch.Tensor  # [b, ...]
@@ -43,7 +43,8 @@ def check_eps(
 )->torch.Tensor:    # float64 [1] or [size]
     "Refuse what is not the half-width of a box of [0, 1] images."
     values = torch.as_tensor(eps, dtype=torch.float64).reshape(-1)
-    if len(values) not in (1, size): raise ValueError(f"eps is one number, or one for each of the {size} images, got {len(values)}")
+    if len(values) not in (1, size):
+        raise ValueError(f"eps is one number, or one for each of the {size} images, got {len(values)}")
     for value in values.unique().tolist(): check_number(value, 'eps (in [0,1]-pixel units: 8/255, not 8)', 0, 1)
     return values
 
@@ -57,7 +58,7 @@ def ball(
     upper = torch.nextafter(x + radius, torch.where(radius > 0, torch.inf, x))
     return Box(lower.clamp(min=0), upper.clamp(max=1))
 
-# %% ../../nbs/deterministic/boxes.ipynb #ac0652e8
+# %% ../../nbs/deterministic/boxes.ipynb #0983371f
 class Scale(nn.Module):
     "A factor and a shift for each channel."
     def __init__(self, factor, shift):
@@ -85,7 +86,7 @@ def fixed(
     if layer.bias is not None: shift = shift + layer.bias.to(like)
     return Scale(factor, shift)
 
-# %% ../../nbs/deterministic/boxes.ipynb #f1e34328
+# %% ../../nbs/deterministic/boxes.ipynb #50a5fc6e
 class Add(nn.Module):
     "The sum of two branches."
     def forward(self, a, b): return a + b
@@ -111,12 +112,13 @@ class Reshape(nn.Module):
     ):
         super().__init__()
         if isinstance(batch, int) and batch != -1: raise TypeError("the number of images must stay free")
-        if not all(isinstance(size, int) for size in sizes): raise TypeError("sizes must be plain numbers: write nn.Flatten()")
+        if not all(isinstance(size, int) for size in sizes):
+            raise TypeError("sizes must be plain numbers: write nn.Flatten()")
         self.sizes = sizes
 
     def forward(self, x): return x.reshape(len(x), *self.sizes)
 
-# %% ../../nbs/deterministic/boxes.ipynb #93004294
+# %% ../../nbs/deterministic/boxes.ipynb #ada46dbc
 def weigh(
     layer,           # Linear or Conv2d
     x,               # its input; the weights follow its precision
@@ -143,8 +145,8 @@ def _added(layer, a, b): return Box(a.lower + b.lower, a.upper + b.upper)
 def _subtracted(layer, a, b): return Box(a.lower - b.upper, a.upper - b.lower)
 
 WEIGHTED = (nn.Linear, nn.Conv2d)
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign,
-               nn.Hardtanh, nn.Hardsigmoid)
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.LogSigmoid, nn.Tanh,
+               nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid)
 POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 SHAPES = (nn.Flatten, nn.Unflatten, Reshape)
 PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)       # in eval mode they do nothing
@@ -152,7 +154,7 @@ PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)       # in eva
 RULES = {**dict.fromkeys(WEIGHTED, _weighted), **dict.fromkeys((Scale, Normalize), _scaled),
          **dict.fromkeys((*ACTIVATIONS, *POOLS, *SHAPES), _increasing), Add: _added, Subtract: _subtracted}
 
-# %% ../../nbs/deterministic/boxes.ipynb #9af3e0ca
+# %% ../../nbs/deterministic/boxes.ipynb #b5c258b4
 def entry(
     layer,   # nn.Module
     table,   # types of layers
@@ -160,7 +162,7 @@ def entry(
     "The type that says what a layer does: its own or an ancestor's, if it shares the forward pass."
     return next((t for t in type(layer).__mro__ if t in table and t.forward is type(layer).forward), None)
 
-# %% ../../nbs/deterministic/boxes.ipynb #508db56a
+# %% ../../nbs/deterministic/boxes.ipynb #a3fb3d94
 @dataclass(frozen=True, eq=False)
 class Step:
     "One layer at work."
@@ -181,22 +183,25 @@ def _contiguous(): return nn.Identity()
 OPERATIONS = {  # what a forward pass may write between its layers -> the layer that does it
     F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU,
     torch.sigmoid: nn.Sigmoid, 'sigmoid': nn.Sigmoid, torch.tanh: nn.Tanh, 'tanh': nn.Tanh, F.softplus: nn.Softplus,
-    F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d, torch.mean: SpatialMean, 'mean': SpatialMean,
+    F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    torch.mean: SpatialMean, 'mean': SpatialMean,
     torch.flatten: _flatten, 'flatten': _flatten, torch.reshape: _reshape, 'reshape': _reshape, 'view': _reshape,
-    operator.add: Add, operator.iadd: Add, torch.add: Add, operator.sub: Subtract, operator.isub: Subtract, torch.sub: Subtract,
+    operator.add: Add, operator.iadd: Add, torch.add: Add,
+    operator.sub: Subtract, operator.isub: Subtract, torch.sub: Subtract,
     F.dropout: _dropout, 'contiguous': _contiguous}
 
-# %% ../../nbs/deterministic/boxes.ipynb #a73a43d2
+# %% ../../nbs/deterministic/boxes.ipynb #8843fa7f
 KNOWN = (*RULES, *BATCH_NORMS, *PASSED)
 
 def _refused(
     what,    # the offender
     where,   # its place in the network
 ):
-    layers = ', '.join(t.__name__ for t in (*RULES, *BATCH_NORMS, *PASSED))
+    layers = ', '.join(t.__name__ for t in KNOWN)
     operations = ', '.join(dict.fromkeys(getattr(name, '__name__', name) for name in OPERATIONS))
-    return ValueError(f"no bounds are known for {what} (at {where!r} in the network), and a layer is never skipped. Known layers: {layers}; "
-                      f"between them: {operations}. An activation must be increasing, which GELU, SiLU and Mish are not")
+    return ValueError(f"no bounds are known for {what} (at {where!r} in the network), and a layer is never skipped. "
+                      f"Known layers: {layers}; between them: {operations}. An activation must be "
+                      "increasing, which GELU, SiLU and Mish are not")
 
 def _operation(node, values, where):
     "The layer that does what a forward pass writes between its layers."
@@ -211,16 +216,19 @@ def _check_layer(layer, values, where):
     "Refuse what the rules would get wrong."
     what = type(layer).__name__
     if entry(layer, KNOWN) is None: raise _refused(what, where)
-    if len(values) != 1 + isinstance(layer, (Add, Subtract)): raise _refused(f"{what} of {len(values)} values of the network", where)
+    if len(values) != 1 + isinstance(layer, (Add, Subtract)):
+        raise _refused(f"{what} of {len(values)} values of the network", where)
     for name in 'negative_slope', 'alpha', 'beta', 'divisor_override':
-        if (getattr(layer, name, None) or 0) < 0: raise _refused(f"{what} with {name} < 0, which is not increasing", where)
+        if (getattr(layer, name, None) or 0) < 0:
+            raise _refused(f"{what} with {name} < 0, which is not increasing", where)
     if getattr(layer, 'return_indices', False): raise _refused(f"{what} that returns indices", where)
-    if isinstance(layer, nn.Flatten) and layer.start_dim == 0: raise _refused("Flatten across the images of a batch", where)
+    if isinstance(layer, nn.Flatten) and layer.start_dim == 0:
+        raise _refused("Flatten across the images of a batch", where)
     if isinstance(layer, BATCH_NORMS) and layer.running_mean is None:
-        raise _refused(f"{what} without running statistics, whose answer for an image depends on the others of its batch", where)
+        raise _refused(f"{what} without running statistics, whose answer depends on the other images of a batch", where)
 
 def _alone(layer, node, where):
-    "The layer, or where it works in place a copy that does not: the boxes of all layers are kept, and none may write over another."
+    "The layer, or a copy that does not work in place: the boxes of all layers are kept."
     in_place = getattr(layer, 'inplace', False)
     changes = in_place or node.target in (operator.iadd, operator.isub)
     if changes and len(node.args[0].users) > 1:
@@ -230,18 +238,21 @@ def _alone(layer, node, where):
         layer.inplace = False
     return layer
 
-# %% ../../nbs/deterministic/boxes.ipynb #29106d7f
+# %% ../../nbs/deterministic/boxes.ipynb #923bda24
 class _Reader(fx.Tracer):
     "Goes into every module that has no rule and is not one of torch's own."
-    def is_leaf_module(self, module, name): return entry(module, KNOWN) is not None or super().is_leaf_module(module, name)
+    def is_leaf_module(self, module, name):
+        return entry(module, KNOWN) is not None or super().is_leaf_module(module, name)
 
 def _graph(model):
     "What the forward pass does; arguments beside the images have their defaults."
-    others = {p.name: p.default for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty}
+    arguments = inspect.signature(model.forward).parameters.values()
+    others = {p.name: p.default for p in arguments if p.default is not p.empty}
     try: return _Reader().trace(model, others or None)
     except Exception as e:
-        raise ValueError(f"the network cannot be read layer by layer ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}): "
-                         "its forward pass must be the same for every image, without `if` and loops that depend on values") from e
+        said = (str(e).splitlines() or [''])[0]
+        raise ValueError(f"the network cannot be read layer by layer ({type(e).__name__}: {said}): "
+                         "its forward pass must be the same for every image, without `if` and loops on values") from e
 
 def _is_shape(node):
     "Whether a node asks how large a value is, not what it is."
@@ -268,7 +279,7 @@ def _steps(model):
                 inputs = tuple(place[value] for value in values)
                 steps.append(Step(where, _alone(layer, node, where), inputs))
 
-# %% ../../nbs/deterministic/boxes.ipynb #c2cf59f1
+# %% ../../nbs/deterministic/boxes.ipynb #d2cb3a20
 def propagate(
     steps,            # of `read`
     box,              # of the images
@@ -282,7 +293,7 @@ def propagate(
         boxes.append(rule(layer, *(boxes[i] for i in step.inputs)))
     return boxes
 
-# %% ../../nbs/deterministic/boxes.ipynb #4e0f49a9
+# %% ../../nbs/deterministic/boxes.ipynb #f87bc970
 @contextmanager
 def exactly(
     device,  # torch.device
@@ -303,22 +314,24 @@ def read(
 )->list:      # of `Step`: the image first, last a Linear, whose input are the features
     "A network in eval mode as the list of its layers, in the order in which they work."
     if not isinstance(model, nn.Module):
-        raise ValueError(f"bounds go through a network layer by layer: the model must be a torch.nn.Module, got {type(model).__name__}")
+        raise ValueError("bounds go through a network layer by layer: the model must be a torch.nn.Module, "
+                         f"got {type(model).__name__}")
     with frozen(model), exactly(example.device):
         steps = _steps(model)
         logits = check_model(model, example.clone())
-        if not logits.isfinite().all(): raise ValueError("the model returned NaN or infinite logits: look at its weights")
+        if not logits.isfinite().all():
+            raise ValueError("the model returned NaN or infinite logits: look at its weights")
         found = propagate(steps, Box(example, example))[-1]
     size = float(logits.abs().max())
     if found.lower.shape != logits.shape or not torch.allclose(found.centre, logits, rtol=1e-3, atol=1e-4*size + 1e-6):
-        raise ValueError("the network does not do what its layers do, one after the other: does a hook, or a layer whose forward pass was "
-                         "replaced, change values on the way? Bounds must see the very function that answers")
+        raise ValueError("the network does not do what its layers do, one after the other: does a hook, or a layer "
+                         "whose forward pass was replaced, change values on the way? Bounds must see what answers")
     if isinstance(steps[-1].layer, nn.Linear): return steps
     same = nn.Linear(logits.shape[1], logits.shape[1], bias=False).to(logits).requires_grad_(False)
     nn.init.eye_(same.weight)
     return [*steps, Step('logits', same, (len(steps) - 1,))]
 
-# %% ../../nbs/deterministic/boxes.ipynb #17ee640f
+# %% ../../nbs/deterministic/boxes.ipynb #704df9a8
 LARGEST = 2**24   # numbers of one tensor of differences; more classes come in parts
 
 def margins(
@@ -337,7 +350,7 @@ def margins(
         parts.append(middle - torch.einsum('bcd,bd->bc', lead.abs(), radius))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/boxes.ipynb #15fd5864
+# %% ../../nbs/deterministic/boxes.ipynb #1f84e15e
 PRECISIONS = {'float32': torch.float32, 'float64': torch.float64}
 
 def prepare(
@@ -349,7 +362,8 @@ def prepare(
 )->tuple:                 # steps of the network, `Box` of the images, y
     "What is to be proved, looked at before any work."
     if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
-    if (eps is None) != isinstance(x, Box): raise ValueError(f"give images and eps, or a Box alone: got {type(x).__name__} and eps={eps!r}")
+    if (eps is None) != isinstance(x, Box):
+        raise ValueError(f"give images and eps, or a Box alone: got {type(x).__name__} and eps={eps!r}")
     if isinstance(x, Box): _check_box(x)
     else: check_images(x)
     if eps is not None: check_eps(eps, len(x))
@@ -363,7 +377,8 @@ def prepare(
 def _check_box(box):
     for end in box: check_images(end)
     if box.lower.shape != box.upper.shape:
-        raise ValueError(f"both ends of a Box have the same shape, got {list(box.lower.shape)} and {list(box.upper.shape)}")
+        shapes = [list(end.shape) for end in box]
+        raise ValueError(f"both ends of a Box have the same shape, got {shapes[0]} and {shapes[1]}")
     above = (box.lower > box.upper).sum().item()
     if above: raise ValueError(f"a Box has lower <= upper, got lower > upper in {above} pixels")
 
@@ -376,7 +391,7 @@ def settled(
 
 @torch.no_grad()
 def margin_bounds(
-    model,                # nn.Module: images [b, C, H, W] -> logits [b, k]; it is bounded as it answers in eval mode, and stays in its own
+    model,                # nn.Module: images [b, C, H, W] -> logits [b, k]; bounded as in eval mode, and not changed
     x,                    # images [b, C, H, W] in [0, 1], or a `Box` of them (some pixels fixed, say)
     y,                    # classes that should lead, int64 [b]
     eps=None,             # half-width in [0,1]-pixel units: one number, or one for each image; None with a `Box`
@@ -403,7 +418,7 @@ def proved(
     worst = margins.scatter(1, y[:, None], torch.inf).amin(1)
     return (logits.argmax(1) == y) & (worst > tolerance)
 
-# %% ../../nbs/deterministic/boxes.ipynb #7e4d291d
+# %% ../../nbs/deterministic/boxes.ipynb #bb995f86
 @contextmanager
 def recorded(
     steps,  # of `read`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKWARD', 'INTERMEDIATE', 'lower_bounds', 'tighter', 'layer_boxes', 'margins', 'check_steps', 'margin_bounds']
 
-# %% ../../nbs/deterministic/crown.ipynb #109792fe
+# %% ../../nbs/deterministic/crown.ipynb #b1e60d78
 from functools import partial
 
 import torch
@@ -13,11 +13,11 @@ from torch import nn
 
 from ..bounds import check_number
 from ..common import unknown
-from .boxes import (BATCH_NORMS, SHAPES, Add, Box, Scale, SpatialMean, Subtract, entry, exactly, fixed, prepare,
-                                            propagate, settled, weigh)
+from .boxes import (BATCH_NORMS, SHAPES, Add, Box, Scale, SpatialMean, Subtract, entry, exactly,
+                                            fixed, prepare, propagate, settled, weigh)
 from ..models import Normalize
 
-# %% ../../nbs/deterministic/crown.ipynb #b304f2a6
+# %% ../../nbs/deterministic/crown.ipynb #f6d35daa
 def _linear_map(layer, A, box):
     "Any linear layer: by its gradient."
     questions = A.flatten(0, 1)
@@ -38,17 +38,20 @@ def _scale(layer, A, box):
 def _shape(layer, A, box): return [A.reshape(*A.shape[:2], *box.lower.shape[1:])], 0.
 
 def _convolution(layer, A, box):
-    if layer.padding_mode != 'zeros' or isinstance(layer.padding, str): return _linear_map(partial(weigh, layer), A, box)
+    if layer.padding_mode != 'zeros' or isinstance(layer.padding, str):
+        return _linear_map(partial(weigh, layer), A, box)
     questions = A.flatten(0, 1)
     before = (len(questions), *box.lower.shape[1:])
-    part = nn.grad.conv2d_input(before, layer.weight.to(A), questions, layer.stride, layer.padding, layer.dilation, layer.groups)
+    how = layer.stride, layer.padding, layer.dilation, layer.groups
+    part = nn.grad.conv2d_input(before, layer.weight.to(A), questions, *how)
     constant = 0. if layer.bias is None else A.sum((-2, -1)) @ layer.bias.to(A)
     return [part.unflatten(0, A.shape[:2])], constant
 
 def _relu(layer, A, box):
     lower, upper = box.lower[:, None], box.upper[:, None]
     undecided = (lower < 0) & (upper > 0)
-    decided = torch.where(lower >= 0, 1., torch.where(upper <= 0, 0., torch.nan)).to(A)        # what is not a number stays so
+    inactive = torch.where(upper <= 0, 0., torch.nan)                 # what is not a number stays so
+    decided = torch.where(lower >= 0, 1., inactive).to(A)
     width = torch.where(undecided, upper - lower, 1.)
     steep = torch.where(undecided, upper / width, decided)
     flat = torch.where(undecided, (upper > -lower).to(A), decided)
@@ -60,10 +63,11 @@ def _relu(layer, A, box):
 def _sum(layer, A, *boxes): return [A, A], 0.
 def _difference(layer, A, *boxes): return [A, -A], 0.
 
-BACKWARD = {nn.Linear: _matrix, nn.Conv2d: _convolution, Scale: _scale, nn.ReLU: _relu, Add: _sum, Subtract: _difference, **dict.fromkeys(SHAPES, _shape),
+BACKWARD = {nn.Linear: _matrix, nn.Conv2d: _convolution, Scale: _scale, nn.ReLU: _relu,
+            Add: _sum, Subtract: _difference, **dict.fromkeys(SHAPES, _shape),
             **dict.fromkeys((Normalize, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean), _linear_map)}
 
-# %% ../../nbs/deterministic/crown.ipynb #08c34005
+# %% ../../nbs/deterministic/crown.ipynb #82b784a8
 def lower_bounds(
     steps,            # of `boxes.read`
     boxes,            # Box of each step; those before a ReLU say where it bends
@@ -95,7 +99,7 @@ def tighter(
     position,         # of the step whose box is asked for
     questions=1000,   # numbers of its value that are asked about at a time
     statistics=None,  # of `boxes.fixed`
-    every=False,      # ask about every number; else only those that may be negative or positive, which is all that a ReLU needs
+    every=False,      # ask about every number, not only about those that leave a ReLU undecided
 )->Box:
     "The box of one layer by linear bounds, where they are tighter."
     if not every and _is_exact(steps[:position + 1]): return boxes[position]
@@ -104,7 +108,8 @@ def tighter(
     asked = torch.ones_like(lower, dtype=torch.bool) if every else (lower < 0) & (upper > 0)
     count = int(asked.sum(1).max())
     if not count: return boxes[position]
-    order = asked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]       # an image that asks less asks something superfluous
+    # as many for each image as for the one that asks most
+    order = asked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
     for part in order.split(questions, 1):
         A = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part[..., None], 1.).unflatten(2, shape[1:])
         low = lower_bounds(steps, boxes, position, A, statistics)
@@ -113,7 +118,7 @@ def tighter(
         upper = upper.scatter(1, part, torch.minimum(high, upper.gather(1, part)))
     return Box(lower.unflatten(1, shape[1:]), upper.unflatten(1, shape[1:]))
 
-# %% ../../nbs/deterministic/crown.ipynb #b36e27c5
+# %% ../../nbs/deterministic/crown.ipynb #9b0637e0
 def layer_boxes(
     steps,              # of `boxes.read`
     box,                # of the images
@@ -145,7 +150,7 @@ def margins(
         parts.append(lower_bounds(steps, boxes, len(steps) - 1, lead, statistics))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/crown.ipynb #cd0ae17b
+# %% ../../nbs/deterministic/crown.ipynb #fffcf733
 INTERMEDIATE = ('ibp', 'crown')
 
 def check_steps(
@@ -155,18 +160,19 @@ def check_steps(
     for step in steps[1:]:
         if entry(step.layer, (*BACKWARD, *BATCH_NORMS)) is None:
             known = ', '.join(t.__name__ for t in (*BACKWARD, *BATCH_NORMS))
-            raise ValueError(f"CROWN has no lines for {type(step.layer).__name__} (at {step.name!r} in the network), and a layer is never skipped. "
-                             f"Known layers: {known}. Interval bounds know more of them: boxes.margin_bounds")
+            raise ValueError(f"CROWN has no lines for {type(step.layer).__name__} (at {step.name!r} in the network), "
+                             f"and a layer is never skipped. Known layers: {known}. "
+                             "Interval bounds know more of them: boxes.margin_bounds")
 
 @torch.no_grad()
 def margin_bounds(
-    model,                # nn.Module: images [b, C, H, W] -> logits [b, k]; it is bounded as it answers in eval mode, and stays in its own
+    model,                # nn.Module: images [b, C, H, W] -> logits [b, k]; bounded as in eval mode, and not changed
     x,                    # images [b, C, H, W] in [0, 1], or a `Box` of them
     y,                    # classes that should lead, int64 [b]
     eps=None,             # half-width in [0,1]-pixel units: one number, or one for each image; None with a `Box`
     intermediate='ibp',   # where the ReLUs' boxes come from: 'ibp' (CROWN-IBP) or 'crown' (CROWN)
     precision='float32',  # or float64
-    memory=64,            # MiB of the coefficients of one layer; the peak is about six times that, beside the boxes of all layers
+    memory=64,            # MiB of the coefficients of one layer; the peak is about six times that
 )->torch.Tensor:          # [b, k], on the model's device; 0 at y
     "How far class y leads each class at least, everywhere in the box: by linear bounds."
     if intermediate not in INTERMEDIATE: raise unknown('intermediate bounds', intermediate, INTERMEDIATE)
@@ -177,7 +183,7 @@ def margin_bounds(
     parts = []
     with exactly(y.device):
         largest = max(one.lower.numel() for one in propagate(steps, Box(box.lower[:1], box.upper[:1])))
-        coefficients = memory * 2**20 / box.lower.element_size() / largest                       # rows of the widest layer that fit
+        coefficients = memory * 2**20 / box.lower.element_size() / largest     # rows of the widest layer that fit
         images = max(1, int(coefficients / classes))
         questions = max(1, int(coefficients / images))
         for part in torch.arange(len(y), device=y.device).split(images):
