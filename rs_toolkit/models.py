@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
-           'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash', 'device_of', 'is_scripted',
-           'check_model', 'for_any_number', 'frozen', 'exact_float32', 'answers', 'HalfSpace']
+           'cnn_digits', 'cnn4', 'cnn7', 'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash',
+           'device_of', 'is_scripted', 'check_model', 'for_any_number', 'frozen', 'exact_float32', 'answers',
+           'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
 import inspect
@@ -99,6 +100,35 @@ def small_cnn(num_classes:int, in_channels=1, width=16):
                          nn.Conv2d(2*width, 4*width, 3, 2, 1), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16*width, num_classes))
 
+# %% ../nbs/03_models.ipynb #2fb3be8f
+def _plain_cnn(convolutions, hidden, num_classes, in_channels, image_size):
+    "Convolutions (channels, kernel, stride, padding) and hidden layers (width), each with batch-norm and ReLU; then a linear head."
+    layers, channels, size = [], in_channels, image_size
+    for out, kernel, stride, padding in convolutions:
+        layers += [nn.Conv2d(channels, out, kernel, stride, padding), nn.BatchNorm2d(out), nn.ReLU()]
+        channels = out
+        size = (size + 2*padding - kernel) // stride + 1
+    layers.append(nn.Flatten())
+    features = channels * size**2
+    for width in hidden:
+        layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, num_classes))
+
+def cnn_digits(num_classes:int, in_channels=1, image_size=8):
+    "Two convolutions and a hidden layer of 128, for digits."
+    return _plain_cnn([(16, 3, 1, 1), (32, 4, 2, 1)], [128], num_classes, in_channels, image_size)
+
+def cnn4(num_classes:int, in_channels=1, image_size=28, width=16):
+    "CNN-4: two convolutions and a hidden layer of 512."
+    return _plain_cnn([(width, 5, 2, 2), (2*width, 4, 2, 1)], [512], num_classes, in_channels, image_size)
+
+def cnn7(num_classes:int, in_channels=3, image_size=32, width=64):
+    "CNN-7: five convolutions and a hidden layer of 512, the network of the field's tables."
+    last = 2 if image_size >= 64 else 1
+    convolutions = [(width, 3, 1, 1), (width, 3, 1, 1), (2*width, 3, 2, 1), (2*width, 3, 1, 1), (2*width, 3, last, 1)]
+    return _plain_cnn(convolutions, [512], num_classes, in_channels, image_size)
+
 # %% ../nbs/03_models.ipynb #c91fabe5
 FAMILIES = ('resnet', 'wide_resnet', 'resnext', 'regnet')
 
@@ -117,7 +147,7 @@ def torchvision_net(name:str, num_classes:int, in_channels=3, image_size=224):
     return net
 
 # %% ../nbs/03_models.ipynb #45caaa50
-MODELS = {'mlp': mlp, 'small_cnn': small_cnn, 'lenet': LeNet,
+MODELS = {'mlp': mlp, 'small_cnn': small_cnn, 'lenet': LeNet, 'cnn_digits': cnn_digits, 'cnn4': cnn4, 'cnn7': cnn7,
           **{f'cifar_resnet{d}': partial(CifarResNet, d) for d in (20, 32, 44, 56, 110)}}
 
 def model_names()->list:

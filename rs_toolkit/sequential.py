@@ -14,7 +14,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from scipy.special import betainc, betaincc, betaln, gammaln, ndtr, ndtri
 
-from .bounds import (certified_radius, check_alpha, check_number, check_samples, check_sigma, fewest_votes,
+from rs_toolkit.bounds import (certified_radius, check_alpha, check_number, check_samples, check_sigma, fewest_votes,
+from rs_toolkit.common import document
                                lower_bound, max_radius, round_down)
 
 # %% ../nbs/00_sequential.ipynb #8c1ecf35
@@ -431,3 +432,6 @@ def simulate(
     while (at.stop == '').any():
         at = procedure.look(at, at.count + rng.binomial(at.missing, p))
     return at
+
+# %% ../nbs/00_sequential.ipynb #94367eaf
+document(__name__)
