@@ -323,7 +323,8 @@ def read(
             raise ValueError("the model returned NaN or infinite logits: look at its weights")
         found = propagate(steps, Box(example, example))[-1]
     size = float(logits.abs().max())
-    if found.lower.shape != logits.shape or not torch.allclose(found.centre, logits, rtol=1e-3, atol=1e-4*size + 1e-6):
+    middle = found.centre.to(logits.dtype)
+    if middle.shape != logits.shape or not torch.allclose(middle, logits, rtol=1e-3, atol=1e-4*size + 1e-6):
         raise ValueError("the network does not do what its layers do, one after the other: does a hook, or a layer "
                          "whose forward pass was replaced, change values on the way? Bounds must see what answers")
     if isinstance(steps[-1].layer, nn.Linear): return steps
