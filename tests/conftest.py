@@ -1,4 +1,8 @@
-"""One thread per process: pytest runs two, and so do the processes that tests start."""
+"""One thread per process: pytest runs two, and so do the processes that tests start. And Ctrl-C means something, whoever started pytest."""
 import os
+import signal
 
 os.environ['OMP_NUM_THREADS'] = '1'
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:          # a shell's background job hands that on to what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
