@@ -253,5 +253,5 @@ def test_only_the_packages_own_commit_is_recorded(tmp_path):
     assert revision(clone) == 'None'
     own = commit(clone)
     assert revision(clone) == own
-    (clone/'rs_toolkit/__init__.py').write_text('# changed\n')
+    with open(clone/'rs_toolkit/__init__.py', 'a') as file: file.write('# changed\n')
     assert revision(clone) == own + '-dirty'
