@@ -50,7 +50,7 @@ def test_runs_from_anywhere_find_what_comes_with_the_package(tmp_path):
 def markdown(path):
     return path.read_text() if path.suffix == '.md' else '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
 
-@pytest.mark.parametrize('name', ['nbs/train.ipynb', 'nbs/certify.ipynb', 'recipes/README.md'])
+@pytest.mark.parametrize('name', ['nbs/train.ipynb', 'nbs/certify.ipynb', 'nbs/compare.ipynb', 'recipes/README.md'])
 def test_commands_can_be_copied(name):
     blocks = re.findall(r'```bash\n(.*?)```', markdown(ROOT/name), re.S)
     commands = [line for block in blocks for line in block.splitlines() if not line.startswith('#')]
