@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import binom
 from tqdm import tqdm
 
 from ..attacks import budget, clip_norm, climb, gradient, unit
@@ -116,6 +115,7 @@ class CATRS(Method):
 
     def draw(self, p, index):
         "[b]: how many of an image's m copies to learn from, at least 1, for its confidence p [b]."
+        from scipy.stats import binom              # half a second to import: only who draws waits for it
         u, chance = (v.cpu().double().numpy() for v in (self.uniform(p, index), p))           # not every device knows float64
         return torch.as_tensor(np.maximum(binom.ppf(u, self.num_noise, chance), 1), dtype=torch.long, device=p.device)
 
