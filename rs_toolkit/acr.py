@@ -9,8 +9,8 @@ __all__ = ['credits', 'acr_by_decile', 'acr_without_hardest', 'accuracy_without_
 import numpy as np
 import pandas as pd
 
-from .bounds import check_number, constant_acr, max_radius
-from .common import document
+from .bounds import constant_acr, max_radius
+from .common import check_number, document
 from .distribution import Outcome
 from .metrics import setting
 

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .bounds import check_number, check_samples
 from .certify import predict
-from .common import document
+from .common import check_number, check_samples, document
 from .data import CRAFTING, check_images, image_keys
 from .models import device_of, frozen
 from .noise import as_logits, gaussian_noise, noisy_logits

@@ -23,11 +23,12 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from .bounds import certified_radius, check_alpha, check_samples, check_sigma, lower_bound, min_samples, plain_number, round_down, two_sided_p
-from .common import document, interruptible, unknown
+from .bounds import certified_radius, lower_bound, min_samples, round_down, two_sided_p
+from .common import check_alpha, check_samples, check_sigma, document, interruptible, plain_number, unknown
 from .data import Items, check_images, check_labels, fingerprint, some_images
 from .log import LogWriter, read_log
-from .models import answers, check_model, device_of, exact_float32, for_any_number, frozen, is_scripted, model_tensors, weights_hash
+from .models import (answers, check_model, device_of, exact_float32, for_any_number, frozen, is_scripted,
+                               model_tensors, weights_hash)
 from .noise import CHUNK, ESTIMATION, PREDICTION, SELECTION, as_logits, gaussian_noise, noise_chunk
 
 # %% ../nbs/05_certify.ipynb #0645274d

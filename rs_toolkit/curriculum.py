@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 
-from .bounds import check_alpha, check_number, check_samples, check_sigma, lower_bound
-from .common import document
+from .bounds import lower_bound
+from .common import check_alpha, check_number, check_samples, check_sigma, document
 from .data import COUNTING, image_keys, images_at
-from .methods.core import check_epoch, duration_of, epoch_of, total
+from .methods.core import check_epoch, duration_of, epoch_of
 from .models import device_of, frozen
 from .noise import gaussian_noise, noisy_logits
+from .processes import total
 
 # %% ../nbs/09_curriculum.ipynb #ec620905
 @torch.no_grad()

@@ -24,8 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from .bounds import plain_number
-from .common import document, locate, project_folder, unknown
+from .common import document, locate, plain_number, project_folder, unknown
 from .noise import key_seed
 
 # %% ../nbs/02_data.ipynb #2a2e162d

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .bounds import certified_radius, check_samples, lower_bound, round_down
-from .common import document, locate
+from .bounds import certified_radius, lower_bound, round_down
+from .common import check_samples, document, locate
 from .log import read_log
 from .metrics import check_comparable, recertify, setting
 

@@ -13,8 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from .bounds import check_samples
-from .common import document, unknown
+from .common import check_samples, document, unknown
 from .data import COUNTING, check_images, image_keys, images_at
 from .models import device_of, frozen
 from .noise import gaussian_noise, noisy_logits

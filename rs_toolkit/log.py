@@ -15,8 +15,8 @@ from warnings import warn
 
 import pandas as pd
 
-from .bounds import check_alpha, check_samples, check_sigma, max_radius
-from .common import document, hold, same_answers, saving, write_file
+from .bounds import max_radius
+from .common import check_alpha, check_samples, check_sigma, document, hold, same_answers, saving, write_file
 
 # %% ../nbs/04_log.ipynb #ae3778f3
 COLUMNS = ['idx', 'label', 'predict',   # image, its class, the class of the smoothed classifier (-1: abstains)

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import bdtr, ndtr
 
-from .bounds import certified_radius, check_alpha, check_samples, lower_bound, round_down, votes_of
-from .common import document
+from .bounds import certified_radius, lower_bound, round_down, votes_of
+from .common import check_alpha, check_samples, document
 
 # %% ../nbs/06_metrics.ipynb #9194d107
 def credited_radii(

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .bounds import check_sigma, plain_number
-from .common import document
+from .common import check_sigma, document, plain_number
 
 # %% ../nbs/01_noise.ipynb #f6ce61ef
 def key_seed(

@@ -14,9 +14,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from scipy.special import betainc, betaincc, betaln, gammaln, ndtr, ndtri
 
-from .bounds import (certified_radius, check_alpha, check_number, check_samples, check_sigma, fewest_votes,
-                               lower_bound, max_radius, round_down)
-from .common import document
+from .bounds import certified_radius, fewest_votes, lower_bound, max_radius, round_down
+from .common import check_alpha, check_number, check_samples, check_sigma, document
 
 # %% ../nbs/00_sequential.ipynb #8c1ecf35
 def schedule(

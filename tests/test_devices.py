@@ -18,8 +18,9 @@ from rs_toolkit.methods.catrs import smoothed_predictions
 from rs_toolkit.methods.gaussian import Gaussian
 from rs_toolkit.models import build
 from rs_toolkit.noise import gaussian_noise
+from rs_toolkit.processes import join_processes, pick_device
 from rs_toolkit.run import environment
-from rs_toolkit.train import accuracy, fit, join_processes, pick_device
+from rs_toolkit.train import accuracy, fit
 
 DIGITS = tuple(t[:60] for t in load('digits', 'train'))
 COLOUR = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4

@@ -10,7 +10,7 @@ from scipy.stats import beta
 from rs_toolkit.explore import landscape
 from rs_toolkit.explore.core import middles
 from rs_toolkit.explore.landscape import SCENES, Landscape, LandscapeExplorer
-from rs_toolkit.toy import PROBLEMS, TOY_METHODS
+from rs_toolkit.explore.toy import PROBLEMS, TOY_METHODS
 
 def shown(e): return {trace.name: trace for trace in e.fig.data}
 def radius_of(trace, x, y): return np.hypot(trace.x[:-1] - x, trace.y[:-1] - y)

@@ -11,10 +11,10 @@ from rs_toolkit.common import data_folder
 from rs_toolkit.data import CRAFTING, image_keys, load
 from rs_toolkit.explore.core import middles
 from rs_toolkit.explore.sphere import SphereExplorer
+from rs_toolkit.explore.toy import PROBLEMS, train_toy
 from rs_toolkit.gradients import gradient_norms
 from rs_toolkit.methods.gaussian import Gaussian
 from rs_toolkit.noise import gaussian_noise
-from rs_toolkit.toy import PROBLEMS, train_toy
 
 START = dict(steps=10, eps=.25, norm=2, model='gaussian4', image=2, problem='two moons', point=53, sigma=.15)
 toy = lru_cache(train_toy)

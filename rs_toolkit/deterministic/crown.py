@@ -11,10 +11,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..bounds import check_number
-from ..common import document, unknown
-from .boxes import (BATCH_NORMS, SHAPES, Add, Box, Scale, SpatialMean, Subtract, entry, exactly,
-                                            fixed, prepare, propagate, settled, weigh)
+from ..common import check_number, document, unknown
+from .boxes import (BATCH_NORMS, SHAPES, Add, Box, Scale, SpatialMean, Subtract, entry,
+                                            exactly, fixed, prepare, propagate, settled, weigh)
 from ..models import Normalize
 
 # %% ../../nbs/deterministic/crown.ipynb #f6d35daa

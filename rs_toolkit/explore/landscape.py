@@ -22,9 +22,10 @@ from ..certify import ABSTAIN, certify
 from ..common import document
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Worker, circles, dashed, dots, line
 from .radius import down, probability
+from .toy import (PROBLEMS, TOY_METHODS, boundary, centres, certified_balls, logits_grid,
+                                    nearest_adversary, shares, smooth, smooth_at, train_toy)
 from ..metrics import average_certified_radius
 from ..plots import common_look
-from ..toy import PROBLEMS, TOY_METHODS, boundary, centres, certified_balls, logits_grid, nearest_adversary, shares, smooth, smooth_at, train_toy
 
 # %% ../../nbs/explore/landscape.ipynb #e294e616
 POINTS, EPOCHS = 120, 100             # of training

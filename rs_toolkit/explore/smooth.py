@@ -19,14 +19,14 @@ import ipywidgets as W
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..bounds import check_samples, check_sigma, max_radius
+from ..bounds import max_radius
 from ..certify import ABSTAIN, Certificate, noisy_copies, vote_stream
 from ..checkpoint import load as load_checkpoint
-from ..common import data_folder, document, locate
+from ..common import check_samples, check_sigma, data_folder, document, locate
 from ..data import load
-from ..models import device_of
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Worker, dashed, dot, line, named, text
 from .radius import down, probability
+from ..models import device_of
 from ..plots import common_look
 
 # %% ../../nbs/explore/smooth.ipynb #bd675967

@@ -24,11 +24,11 @@ from .. import checkpoint
 from ..common import data_folder, document
 from ..data import CRAFTING, image_keys, load
 from .core import BLUE, GREY, ORANGE, SHADE, Explorer, Worker, circles, dots, line, middles, text
+from .sphere_path import Walk, path_gradients, walk
+from .toy import PROBLEMS, centres, lead, logits_grid, region, train_toy
 from ..gradients import gradient_table
 from ..noise import gaussian_noise
 from ..plots import layout
-from ..sphere_path import Walk, path_gradients, walk
-from ..toy import PROBLEMS, centres, lead, logits_grid, region, train_toy
 
 # %% ../../nbs/explore/sphere.ipynb #6a6825d6
 MOST, NOISES, SIGMA, STEP = 20, 24, .5, .05                                   # steps, noises of an image, noise level of the digits, of the slider of eps

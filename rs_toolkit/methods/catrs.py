@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..attacks import budget, clip_norm, climb, gradient, unit
-from ..bounds import check_number, check_samples, check_sigma, plain_number
-from ..common import document, same_answers, unknown, write_file
+from ..attacks import budget, climb, clip_norm, gradient, unit
+from ..common import (check_number, check_samples, check_sigma, document, plain_number, same_answers, unknown,
+                               write_file)
 from ..data import PREDICTIONS, VISIT, check_images, fingerprint, image_keys, images_at
 from .core import Method, Passes, check_classes
 from ..models import answers, device_of, exact_float32, frozen, weights_hash

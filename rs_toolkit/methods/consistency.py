@@ -6,8 +6,7 @@
 __all__ = ['FORMS', 'entropy', 'cross', 'Consistency']
 
 # %% ../../nbs/methods/consistency.ipynb #43166f6b
-from ..bounds import check_number
-from ..common import document, unknown
+from ..common import check_number, document, unknown
 from .core import Method
 from ..noise import noisy_cross_entropy, noisy_logits
 

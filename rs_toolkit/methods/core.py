@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RAMPS', 'Passes', 'count_passes', 'attack_passes', 'check_epoch', 'epoch_of', 'duration_of', 'too_late', 'Ramp',
-           'warm_up', 'switch_on', 'double_from', 'ramp_of', 'Method', 'check_classes', 'total', 'share_gradients']
+           'warm_up', 'switch_on', 'double_from', 'ramp_of', 'Method', 'check_classes']
 
 # %% ../../nbs/methods/00_core.ipynb #47e93630
 import inspect
@@ -15,8 +15,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import nn
 
-from ..bounds import check_number, check_samples, check_sigma
-from ..common import document, unknown
+from ..common import check_number, check_samples, check_sigma, document, unknown
 from ..data import DRAW, TRAINING, image_keys
 from ..noise import gaussian_noise, key_seed
 
@@ -219,26 +218,6 @@ def check_classes(
     "Raise unless both have the same number of classes."
     if logits.shape[-1] != num_classes:
         raise ValueError(f"the {what} and the network must have the same classes, got {num_classes} and {logits.shape[-1]}")
-
-# %% ../../nbs/methods/00_core.ipynb #707acd17
-def total(
-    tensor,  # changed in place
-):           # `tensor`
-    "The sum over all processes; with one process, nothing happens."
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(tensor)
-    return tensor
-
-def share_gradients(
-    parameters,  # with .grad or without
-)->bool:         # whether there is anything to step with
-    "Give each process the sum of all gradients."
-    parameters = list(parameters)
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return any(p.grad is not None for p in parameters)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    found = torch.tensor([float(any(p.grad is not None for p in parameters))], device=grads[0].device)
-    flat = total(torch.cat([found, *(g.flatten() for g in grads)]))
-    for p, g in zip(parameters, flat[1:].split([p.numel() for p in parameters])): p.grad = g.view_as(p)
-    return flat[0].item() > 0
 
 # %% ../../nbs/methods/00_core.ipynb #b7b2c27b
 document(__name__)

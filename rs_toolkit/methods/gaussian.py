@@ -6,8 +6,7 @@
 __all__ = ['Gaussian']
 
 # %% ../../nbs/methods/gaussian.ipynb #9d9be93c
-from ..bounds import check_samples
-from ..common import document
+from ..common import check_samples, document
 from .core import Method, Passes
 from ..noise import noisy_cross_entropy, noisy_logits
 

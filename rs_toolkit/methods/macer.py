@@ -9,8 +9,7 @@ __all__ = ['MACER']
 import torch
 from torch.special import ndtri
 
-from ..bounds import check_number
-from ..common import document
+from ..common import check_number, document
 from .core import Method, check_epoch
 from ..noise import noisy_logits
 

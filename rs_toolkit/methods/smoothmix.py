@@ -6,9 +6,8 @@
 __all__ = ['SmoothMix']
 
 # %% ../../nbs/methods/smoothmix.ipynb #cf7925e5
-from ..attacks import clip_norm, climb, gradient, smoothed_loss, unit
-from ..bounds import check_number, check_samples
-from ..common import document
+from ..attacks import climb, clip_norm, gradient, smoothed_loss, unit
+from ..common import check_number, check_samples, document
 from .core import Method, Passes
 from ..noise import noisy_cross_entropy, noisy_logits
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.special import ndtri
 
-from ..bounds import check_number, check_samples, plain_number
-from ..common import document, unknown
+from ..common import check_number, check_samples, document, plain_number, unknown
 from ..data import MAPPING
-from .core import Method, Passes, check_classes, check_epoch, share_gradients, total
+from .core import Method, Passes, check_classes, check_epoch
 from ..models import frozen
 from ..noise import gaussian_noise, noisy_logits
+from ..processes import share_gradients, total
 
 # %% ../../nbs/methods/sodm.ipynb #f2e73af3
 def _starts_at_zero(*layers):

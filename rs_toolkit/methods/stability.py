@@ -8,8 +8,7 @@ __all__ = ['Stability']
 # %% ../../nbs/methods/stability.ipynb #9fd554ab
 import torch.nn.functional as F
 
-from ..bounds import check_number
-from ..common import document
+from ..common import check_number, document
 from .core import Method, Passes
 from ..noise import noisy_cross_entropy, noisy_logits
 
