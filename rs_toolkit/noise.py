@@ -75,6 +75,7 @@ def as_logits(
                        f"{': return the logits alone' if len(fit) > 1 else ''}")
     return fit[0].float()
 
+# %% ../nbs/01_noise.ipynb #c90ab61b
 def _parts(answer):
     "What could be the logits."
     if isinstance(answer, (torch.Tensor, np.ndarray)): return [answer]

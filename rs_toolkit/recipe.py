@@ -51,6 +51,7 @@ def arguments(
     found.pop('self', None)
     return found
 
+# %% ../nbs/13_recipe.ipynb #a2ea2ad7
 def hand(
     make,       # of `part`
     offered,    # name -> what a run has to give
@@ -59,7 +60,7 @@ def hand(
     takes = arguments(make.func)
     return make(**{name: value for name, value in offered.items() if name in takes})
 
-# %% ../nbs/13_recipe.ipynb #a2ea2ad7
+# %% ../nbs/13_recipe.ipynb #f563f47e
 def part(
     kind:str,    # method, attack or curriculum
     name:str,    # what it was called by, for the message
@@ -81,6 +82,7 @@ def part(
         raise ValueError(f"{kind} {name} needs {' and '.join(missing)}: pass -y {example}")
     return partial(make, **args)
 
+# %% ../nbs/13_recipe.ipynb #9fd086bf
 def optional_part(
     kind:str,    # attack or curriculum
     name:str,    # a key of `known`, package.module:NAME, or none
@@ -187,7 +189,7 @@ def choose_parts(
     "The parts of a run; refuses a name that does not exist, and a part that would never act, before any data are read."
     for name, (kind, known) in CHOICES.items():
         if config[name] not in known: raise unknown(kind, config[name], known)
-    named('model', config['arch'], dict.fromkeys(model_names()))              # that it takes these images shows in `Task`
+    named('model', config['arch'], dict.fromkeys(model_names()))         # that it takes these images shows in `Task`
     parts = Parts(**{f.name: config[f.name] for f in fields(Parts)})
     method, curriculum = parts.rehearse()
     check_run(config['epochs'], method, curriculum, schedule=config['schedule'],
@@ -201,6 +203,7 @@ class Task:
     "Images to learn and images to certify, and what a network for them must know."
     def __init__(self,
         dataset:str,             # of `data.load`
+        *,
         augment='auto',          # key of `AUGMENTATIONS`, or auto: crop_flip for colour images
         normalization='standard',# key of `NORMALIZATIONS`: part of every network
         train_every=1,           # learn from each k-th image

@@ -244,7 +244,7 @@ def _epoch(
     for x, y, index, size in data:
         opt.zero_grad()
         autocast = torch.autocast(x.device.type, PRECISIONS[precision], enabled=precision != 'float32')
-        for start in range(0, len(x), micro_batch):                   # none, where a process has no share of the last batch
+        for start in range(0, len(x), micro_batch):         # no piece, where a process has no share of the last batch
             piece = slice(start, start + micro_batch)
             images = len(y[piece])
             with autocast: terms = method(model, x[piece], y[piece], index[piece])
@@ -262,6 +262,7 @@ def _epoch(
     _check_epoch(sums, learnt, epoch, type(method).__name__)
     return sums
 
+# %% ../nbs/10_train.ipynb #0299dc5f
 def _check_epoch(sums, learnt, epoch, method):
     "Stop at a loss that is no number; warn of an epoch without a gradient."
     bad = [name for name, value in sums.items() if not math.isfinite(value)]
@@ -363,6 +364,7 @@ def fit(
     model.eval()
     return pd.DataFrame(history)
 
+# %% ../nbs/10_train.ipynb #55007e2f
 def _measured(model, sigma, images, labels):
     "Accuracy on at most 1,000 of the images, spread over all."
     few = slice(None, None, -(-len(labels) // 1000))
