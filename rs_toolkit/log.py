@@ -61,39 +61,49 @@ def _rows(
     lines = [line.split('\t') for line in text.splitlines() if line.strip()]
     header, *rows = [[field.strip() for field in line] for line in lines] or [[]]
     if not {'idx', 'label', 'correct'} <= set(header) or not {'predict', 'c1'} & set(header):
-        raise ValueError(f"{path} is not a certification log: its first line should name the columns 'idx label predict radius correct time', "
-                         f"separated by tabs, and is {text[:60].splitlines()[:1]}")
+        raise ValueError(f"{path} is not a certification log: its first line should name the columns "
+                         "'idx label predict radius correct time', separated by tabs, "
+                         f"and is {text[:60].splitlines()[:1]}")
     rows = _without_footer(path, text, header, rows)
     for number, row in enumerate(rows, 2):
-        if len(row) != len(header): raise ValueError(f"line {number} of {path} has {len(row)} fields, its header has {len(header)} "
-                                                     f"({' '.join(header)}): repair or delete that line")
+        if len(row) == len(header): continue
+        raise ValueError(f"line {number} of {path} has {len(row)} fields, its header has {len(header)} "
+                         f"({' '.join(header)}): repair or delete that line")
     return header, _once(path, header, rows)
 
+# %% ../nbs/04_log.ipynb #4cd20a9b
 def _without_footer(path, text, header, rows):
     "The rows without what comes after the last of them: half a line, or words."
     place = header.index('idx')
     ends = [number for number, row in enumerate(rows, 1) if len(row) > place and row[place].isdecimal()]
     if not ends: return rows                                                        # not one row: no footer either
-    rows, rest = rows[:ends[-1]], rows[ends[-1]:]
+    rest = rows[ends[-1]:]
+    rows = rows[:ends[-1]]
     above = rows[-2] if len(rows) > 1 else None
     ended = text.endswith(('\n', '\r')) or rest
     if not ended and not _is_whole(rows[-1], above, header):
         warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][place]} is left out")
         return rows[:-1]
-    if not rest and above and len(rows[-1]) != len(header): rows, rest = rows[:-1], rows[-1:]
-    if rest: warn(f"{path} goes on after its last row, with {' '.join(rest[0])[:80]!r}: left out, as it is no row")
+    if not rest and above and len(rows[-1]) != len(header): rest = [rows.pop()]
+    if rest:
+        words = ' '.join(rest[0])[:80]
+        warn(f"{path} goes on after its last row, with {words!r}: left out, as it is no row")
     return rows
 
 def _is_whole(row, above, header):
     "Whether a last line without a line end is all there."
+    def shape(row): return re.sub(r'\w', 'x', row[-1].rpartition('.')[2])           # 0:00:03.966459 -> xxxxxx
+
     if len(row) != len(header): return False
     if above is None: return row[-1] != ''
-    shape = lambda row: re.sub(r'\w', 'x', row[-1].rpartition('.')[2])              # 0:00:03.966459 -> xxxxxx
     return row[-1] == above[-1] or shape(row) == shape(above)
 
+# %% ../nbs/04_log.ipynb #3f63ebbb
 def _once(path, header, rows):
     "One row per image; raises where two of one image contradict each other."
-    place, kept, twice = header.index('idx'), {}, []
+    place = header.index('idx')
+    kept = {}
+    twice = []
     for row in rows:
         first = kept.setdefault(row[place], row)
         if first is row: continue
@@ -101,8 +111,10 @@ def _once(path, header, rows):
             raise ValueError(f"{path} has idx {row[place]} twice, and its rows contradict each other: "
                              f"{' '.join(first)!r} and {' '.join(row)!r}. Find out which is right, and keep that one")
         twice.append(row[place])
-    if twice: warn(f"{path} has idx {', '.join(twice[:3])}{' ...' * (len(twice) > 3)} twice, in rows that agree: "
-                   "each counts once. Did two processes write it?")
+    if twice:
+        more = ' ...' if len(twice) > 3 else ''
+        warn(f"{path} has idx {', '.join(twice[:3])}{more} twice, in rows that agree: "
+             "each counts once. Did two processes write it?")
     return list(kept.values())
 
 # %% ../nbs/04_log.ipynb #64e82b67
@@ -113,12 +125,19 @@ def _typed(
 )->pd.Series:
     "A column as numbers, durations or strings."
     text = pd.Series(text, dtype=object)
+    if name == 'time': return _durations(text)
     if name == 'correct': text = text.replace({'True': '1', 'False': '0'})
-    known = text != ''
-    if name == 'time': return pd.to_timedelta(text.where(known).str.replace(r'^[\d.]+$', r'\g<0>s', regex=True).str.replace(',', ''), errors='coerce')
-    kind, dtype = (int, 'Int64') if name in INTEGERS else (float, 'float64') if name in FLOATS else (str, 'string')
+    if name in INTEGERS: kind, dtype = int, 'Int64'
+    elif name in FLOATS: kind, dtype = float, 'float64'
+    else: kind, dtype = str, 'string'
     try: return pd.Series([kind(v) if v else None for v in text], dtype=dtype)
-    except ValueError as e: raise ValueError(f"column {name} of {path} should hold {kind.__name__} values: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"column {name} of {path} should hold {kind.__name__} values: {e}") from None
+
+def _durations(text):
+    "15.4, 0:00:15.4 or 1 day, 0:00:15.4 as time spans."
+    text = text.where(text != '').str.replace(r'^[\d.]+$', r'\g<0>s', regex=True)
+    return pd.to_timedelta(text.str.replace(',', ''), errors='coerce')
 
 # %% ../nbs/04_log.ipynb #38e0a7fd
 def read_log(
@@ -131,7 +150,9 @@ def read_log(
 )->pd.DataFrame:  # a row per image with exactly `COLUMNS`; unknown values are empty
     "Open a log; the arguments attach what a foreign file does not say."
     path = Path(path).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f"no log at {path}: expected a file with tab-separated columns 'idx label predict radius correct time'")
+    if not path.is_file():
+        raise FileNotFoundError(f"no log at {path}: expected a file with tab-separated columns "
+                                "'idx label predict radius correct time'")
     frame = _frame(path, *_rows(path, _text_of(path)))
     checks = dict(sigma=check_sigma, n0=lambda v: check_samples(v, 'n0'), n=check_samples, alpha=check_alpha, split=str)
     for name, value in dict(sigma=sigma, n0=n0, n=n, alpha=alpha, split=split).items():
@@ -139,19 +160,24 @@ def read_log(
     _check(frame, path)
     return frame
 
+# %% ../nbs/04_log.ipynb #54d78639
 def _frame(path, header, rows):
     "Rows of text as a typed frame."
     columns = dict(zip(header, zip(*rows))) if rows else {}
     columns = {'predict': columns.get('c1', ())} | columns
-    return pd.DataFrame({name: _typed(columns.get(name, [''] * len(rows)), name, path) for name in COLUMNS})
+    unknown = [''] * len(rows)
+    return pd.DataFrame({name: _typed(columns.get(name, unknown), name, path) for name in COLUMNS})
 
 def _attach(frame, name, value, path):
     "Fill an empty column; contradicting the file is an error."
     other = frame[name].dropna()
     other = other[other != value]
-    if len(other): raise ValueError(f"{path} says {name} {other.iloc[0]}, the argument says {value}: leave the argument out, or look for the right file")
+    if len(other):
+        raise ValueError(f"{path} says {name} {other.iloc[0]}, the argument says {value}: "
+                         "leave the argument out, or look for the right file")
     frame[name] = pd.Series(value, frame.index).astype(frame[name].dtype)
 
+# %% ../nbs/04_log.ipynb #23b198c8
 def _check(frame, path):
     "Raise where a row contradicts itself, or promises more than its samples can."
     right = (frame.predict == frame.label).astype('Int64')
@@ -182,7 +208,8 @@ class LogWriter:
         path,        # file; its folder is made if need be
         setup:dict,  # a value for each column of `SETUP`
     ):
-        if set(setup) != set(SETUP): raise ValueError(f"the setup of a log is {' '.join(SETUP)}, got {' '.join(setup)}")
+        if set(setup) != set(SETUP):
+            raise ValueError(f"the setup of a log is {' '.join(SETUP)}, got {' '.join(setup)}")
         self.path = Path(path).expanduser()
         self.setup = setup
         self.lock = hold(self.path)
@@ -208,20 +235,24 @@ class LogWriter:
                              "choose another path for the log")
         _check(_frame(self.path, header, rows), self.path)
         rows = [dict(zip(header, row)) for row in rows]
-        differ = []
-        for name in SETUP:
-            now = _text(name, self.setup[name])
-            differ += [f"{name}: {was or 'unknown'} there, {now or 'unknown'} now"
-                       for was in sorted({row.get(name, '') for row in rows}) if not _same(name, was, now)]
-        if differ: raise ValueError(f"{self.path} belongs to another setting ({'; '.join(differ)}): "
-                                    "choose another path for the log, or delete it to begin again")
+        differ = [words for name in SETUP for words in self._differences(name, rows)]
+        if differ:
+            raise ValueError(f"{self.path} belongs to another setting ({'; '.join(differ)}): "
+                             "choose another path for the log, or delete it to begin again")
         return rows
+
+    def _differences(self, name, rows):
+        "What earlier rows say of a column, where it is something else now."
+        now = _text(name, self.setup[name])
+        found = sorted({row.get(name, '') for row in rows})
+        return [f"{name}: {was or 'unknown'} there, {now or 'unknown'} now" for was in found if not _same(name, was, now)]
 
     def write(self,
         row:dict,  # idx label predict radius correct time (seconds) n_a n_true selected data
     ):
         "Append the certificate of one image."
-        if row['idx'] in self.done: raise ValueError(f"idx {row['idx']} is already in {self.path}: skip the images in `done`")
+        if row['idx'] in self.done:
+            raise ValueError(f"idx {row['idx']} is already in {self.path}: skip the images in `done`")
         values = row | self.setup
         line = _line([_text(name, values[name]) for name in COLUMNS]).encode()
         with saving(self.path):
@@ -251,8 +282,9 @@ def merge_logs(
             raise ValueError(f"shards differ in {name} ({', '.join(f'{path}: {value}' for path, value in found)}): "
                              "merge logs of one setting only")
     twice = whole.idx[whole.idx.duplicated()]
-    if len(twice): raise ValueError(f"idx {twice.iloc[0]} is in {' and '.join(path for path, log in logs.items() if (log.idx == twice.iloc[0]).any())}: "
-                                    "give each image to one shard")
+    if len(twice):
+        holders = [path for path, log in logs.items() if (log.idx == twice.iloc[0]).any()]
+        raise ValueError(f"idx {twice.iloc[0]} is in {' and '.join(holders)}: give each image to one shard")
     return whole
 
 # %% ../nbs/04_log.ipynb #f8cc21fb
