@@ -134,7 +134,8 @@ def short(resume, model, method=None, stop=2, **kwargs):
     "Train for four epochs, or until `stop` of them are there."
     def watch(history):
         if len(history) == stop: raise KeyboardInterrupt
-    return fit(model, method or Gaussian(.25), DIGITS, 4, resume=resume, device='cpu', progress=False, watch=watch, **kwargs)
+    return fit(model, method or Gaussian(.25), DIGITS, 4, resume=resume, device='cpu', progress=False, watch=watch,
+               **kwargs)
 
 def begun(path, *args, **kwargs):
     with pytest.raises(KeyboardInterrupt): short(path, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Trains on digits, with each method named, and writes weights and losses: `trainer.py FOLDER PROCESSES METHOD ...`. Goes on where it was killed."""
+"""Trains on digits with each method named, and leaves weights and losses: `trainer.py FOLDER PROCESSES METHOD ...`."""
 import json
 import os
 import sys
