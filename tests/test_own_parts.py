@@ -102,7 +102,7 @@ def test_a_run_of_own_parts_trains_certifies_and_compares(own):
 def test_arguments_reach_through_subclasses(own):
     calm = parts(method='my_package.my_module:Calm', method_args=dict(calm=2., lbd=7.))
     method = calm.objective()
-    assert (method.lbd, method.num_noise) == (7., 2)                                     # lbd is Consistency's, num_noise is Method's
+    assert (method.lbd, method.num_noise) == (7., 2)                 # lbd is Consistency's, num_noise is Method's
     assert {'calm', 'lbd', 'eta', 'form', 'attack', 'ramp', 'seed'} <= set(arguments(calm.maker.func))
     assert {'model', 'x', 'y', 'noise', 'eps', 'steps', 'norm', 'strength'} == set(arguments(ATTACKS['sphere']))
 
