@@ -35,12 +35,14 @@ def pick_device(
     try: device = torch.device(name)
     except RuntimeError: raise unknown('device', name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps']) from None
     if str(device) not in known:
-        raise ValueError(f"there is no device {name!r} here: this machine has {', '.join(known)}; auto takes the best of them")
+        raise ValueError(f"there is no device {name!r} here: this machine has {', '.join(known)}; "
+                         "auto takes the best of them")
     alone = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) == 1
     if device.index is not None and not alone and device.index != _local_rank():
         raise ValueError(f"several processes cannot share {name}: device='cuda' gives each of them a card of its own")
     return device
 
+# %% ../nbs/00_processes.ipynb #04558c29
 def _local_rank():
     "Of this process among those of this machine."
     return int(os.environ.get('LOCAL_RANK', 0))

@@ -95,10 +95,10 @@ def watch(
     sigma = check_sigma(sigma)
     if not 0 <= image < len(images): raise ValueError(f"there is no image {image}: the test split has {len(images)}, so choose one from 0 to {len(images) - 1}")
     x, drawn, seen, shown, due = images[image].to(device_of(model)), np.empty(N0 + n, np.int64), 0, 0, 0.
-    pictures = torch.stack([x, *noisy_copies(x, sigma, COPIES, seed, image)]).cpu().numpy()
+    pictures = torch.stack([x, *noisy_copies(x, sigma, COPIES, seed=seed, idx=image)]).cpu().numpy()
     now = Watched(image, len(images), int(labels[image]), pictures, model.metadata['num_classes'], sigma, n, alpha, seed, drawn[:0], drawn[:0])
     yield now
-    for _, classes in vote_stream(model, x, sigma, N0, n, seed, image):
+    for _, classes in vote_stream(model, x, sigma, n0=N0, n=n, seed=seed, idx=image):
         drawn[seen:seen + len(classes)] = classes
         seen += len(classes)
         fresh = seen - N0
