@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'GROUPS', 'EMPTY', 'line', 'dashed', 'text', 'named',
            'dot', 'drop', 'circles', 'dots', 'middles', 'add_traces', 'Shipped', 'shipped_runs', 'Votes', 'Worker',
-           'same', 'changed', 'Figure', 'Explorer']
+           'same', 'changed', 'alert', 'Figure', 'log_slider', 'Explorer']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
 import json
@@ -195,17 +195,33 @@ def changed(now, before):
     "The keys whose values are not the same."
     return {key for key in {**before, **now} if not same(now.get(key), before.get(key))}
 
+def alert(words):
+    "What went wrong, as text: it may quote what somebody typed."
+    return f'<div role="alert" style="color:{ORANGE}">{escape(words)}</div>'
+
 EMPTY = {'x': [], 'y': [], 'visible': False}
 
 class Figure(go.FigureWidget):
-    "A page that is loaded again asks for the state. Plotly keeps the one of its last display, which inside a box is the first."
+    "A page that is loaded again asks for the state. Plotly keeps that of its last display: inside a box, the first."
     def get_state(self, key=None, drop_defaults=False):
         if key is None and self._view_count: self._repr_mimebundle_()
         return super().get_state(key, drop_defaults)
 
+# %% ../../nbs/explore/00_core.ipynb #5f1d08c2
+def log_slider(
+    description,
+    value,      # at first
+    low, high,  # its ends, as powers of ten
+    *,
+    step,       # of the power
+    readout,    # format of the number beside it
+):
+    "A slider whose steps are factors."
+    return W.FloatLogSlider(value, min=low, max=high, step=step, readout_format=readout, description=description)
+
 # %% ../../nbs/explore/00_core.ipynb #1c4043cc
 class Explorer:
-    "Controls, words and one figure. A subclass makes the controls and says what they load, which figure it is, and what that shows."
+    "Controls, words and one figure. A subclass says what the controls load, and what the figure then shows."
     def __init__(self,
         controls:dict,  # name -> widget, in the order of the page
         columns=3,      # of controls
@@ -217,7 +233,7 @@ class Explorer:
         self.load()
         self.fig = Figure(self.figure())
         self.fig._config = dict(responsive=True, displaylogo=False)
-        self.fig.observe(lambda _: self.fig.update_layout(autosize=True), '_view_count')      # once on a page, fill its width
+        self.fig.observe(lambda _: self.fig.update_layout(autosize=True), '_view_count')    # on a page, fill its width
         self.names = [trace.name for trace in self.fig.data]
         for control in controls.values():
             control.layout.width = 'auto'
@@ -278,7 +294,7 @@ class Explorer:
             self.say(words)
 
     def draw(self, traces, layout):
-        "Send what has changed, in one message: `batch_update` leaves gaps, and plotly 7 takes those for removals. Traces that are not spoken of are emptied."
+        "Send what has changed, in one message. Traces that are not spoken of are emptied."
         self.add([name for name in traces if name not in self.names])
         traces = dict.fromkeys(self.names, EMPTY) | traces
         keys = {i: changed(traces[name], self.drawn[name]) for i, name in enumerate(self.names)}
@@ -287,7 +303,7 @@ class Explorer:
             name = self.names[i]
             gone = None if key in self.drawn[name] else Undefined              # or never there: an image has no x
             return traces[name].get(key, gone)
-        every = set().union(*keys.values())               # with gaps, plotly stumbles over the page's answer
+        every = set().union(*keys.values())           # of all traces: plotly 7 takes gaps for removals
         update = {key: [value(i, key) for i in keys] for key in every}
         moved = {key: value for key, value in layout.items() if not same(value, self.placed.get(key))}
         if keys or moved: self.fig.plotly_update(update, moved, trace_indexes=[*keys])
@@ -304,7 +320,7 @@ class Explorer:
     def say(self, words): self.words.value = f'<div role="status" style="line-height:1.5">{words}</div>'
 
     def complain(self, error):
-        self.words.value = f'<div role="alert" style="color:{ORANGE}">{escape(str(error) or type(error).__name__)}</div>'
+        self.words.value = alert(str(error) or type(error).__name__)
 
 # %% ../../nbs/explore/00_core.ipynb #dd5f4a10
 document(__name__)
