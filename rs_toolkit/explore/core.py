@@ -241,8 +241,9 @@ class Explorer:
         rows = W.GridBox([*controls.values()], layout=W.Layout(grid_template_columns=f'repeat({columns}, 1fr)'))
         self.words = W.HTML()
         self.view = W.VBox([rows, *below, self.words, self.fig])
-        self.drawn, words, self.placed = self.picture()
-        self.say(words)
+        self.news = ''                          # of work in the background
+        self.drawn, self.told, self.placed = self.picture()
+        self.say(self.told)
 
     # what a subclass says
 
@@ -285,13 +286,13 @@ class Explorer:
         with self.worker.lock:
             try:
                 self.load()
-                traces, words, layout = self.picture()
+                traces, self.told, layout = self.picture()
                 self.draw(traces, layout)
             except Exception as error:           # JupyterLab would hide it in a log
                 self.complain(error)
                 if isinstance(error, ValueError): return
                 raise
-            self.say(words)
+            self.say(self.told + self.news)
 
     def draw(self, traces, layout):
         "Send what has changed, in one message. Traces that are not spoken of are emptied."
@@ -316,6 +317,11 @@ class Explorer:
         self.fig.add_traces([go.Scatter(name=name, **look) for name, look in zip(names, looks)], rows, columns)
         self.names = self.names + names
         self.drawn = self.drawn | dict.fromkeys(names, {})
+
+    def tell(self, news):
+        "How work in the background goes on, after the words of the picture."
+        self.news = news
+        self.say(self.told + news)
 
     def say(self, words): self.words.value = f'<div role="status" style="line-height:1.5">{words}</div>'
 
