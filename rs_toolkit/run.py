@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 from configparser import ConfigParser
@@ -26,7 +25,7 @@ import torch
 from traitlets.log import get_logger
 
 from .attacks import ATTACKS
-from .common import document, hold, interruptible, named, package_folder, project_folder, saving, unknown, write_file
+from .common import document, hold, interruptible, named, package_folder, run_folder, saving, unknown, write_file
 from .curriculum import CURRICULA
 from .methods.catrs import CATRS
 from .methods.consistency import Consistency
@@ -259,7 +258,7 @@ def open_run(
     rank=0,        # of this process among those of the run: 0 holds the folder and writes, the others compare
 )->tuple:          # the folder, with config.json in it; its lock, to release at the end (None for the other processes)
     "Begin a run, or go on with one that was begun with the same parameters. One run at a time."
-    folder = Path(out).expanduser() if out else project_folder()/'runs'/re.sub(r'[^\w.-]+', '-', default)
+    folder = run_folder(out, default)
     with saving(folder): folder.mkdir(parents=True, exist_ok=True)
     lock = hold(folder) if rank == 0 else None
     try: _begin(folder, parameters, environment(device), writes=rank == 0)
