@@ -205,7 +205,7 @@ def attack_smoothed(
         d = pgd_perturbation(model, x, y, noise, budget(eps[at].to(device), 1.), steps)
         moved = (x + d).clamp(0, 1)
         with torch.no_grad(), frozen(model): base = as_logits(model(moved), len(moved)).argmax(1)
-        answers = predict(model, moved.cpu(), sigma, n, alpha, seed, ids.tolist(), precision=precision)
+        answers = predict(model, moved.cpu(), sigma, n=n, alpha=alpha, seed=seed, idx=ids.tolist(), precision=precision)
         rows += [dict(idx=i, label=int(c), predict=a, base_predict=int(b), correct=int(a == c), norm=float(size))
                  for i, c, a, b, size in zip(ids.tolist(), y, answers, base, image_norm(d).flatten())]
     return pd.DataFrame(rows)

@@ -190,14 +190,14 @@ def slow(x):
     return torch.stack([x.mean((1, 2, 3)), .5 - x.mean((1, 2, 3))], 1)
 
 x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-certify_dataset(slow, x, torch.zeros(3, dtype=torch.int64), .5, 10, 20, .1, log=sys.argv[1], progress=False)
+certify_dataset(slow, x, torch.zeros(3, dtype=torch.int64), sigma=.5, n0=10, n=20, alpha=.1, log=sys.argv[1], progress=False)
 '''
 
 def mean_of(x): return torch.stack([x.mean((1, 2, 3)), .5 - x.mean((1, 2, 3))], 1)
 
 def certify_here(log, model=mean_of):
     x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    return certify_dataset(model, x, torch.zeros(3, dtype=torch.int64), .5, 10, 20, .1, log=log, progress=False)
+    return certify_dataset(model, x, torch.zeros(3, dtype=torch.int64), sigma=.5, n0=10, n=20, alpha=.1, log=log, progress=False)
 
 @pytest.mark.filterwarnings('ignore')
 def test_the_second_process_is_refused_at_once_and_a_killed_one_does_not_block(tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 
 from rs_toolkit import checkpoint, curriculum, train
 from rs_toolkit.attacks import ddn, gradient_free, smoothed_pgd, sphere_attack
-from rs_toolkit.certify import ABSTAIN, certify, count_votes, predict
+from rs_toolkit.certify import ABSTAIN, Settings, certify, count_votes, predict
 from rs_toolkit.data import load
 from rs_toolkit.methods.catrs import CATRS
 from rs_toolkit.methods.consistency import Consistency
@@ -768,7 +768,7 @@ def teacher(): return checkpoint.load(ROOT/'data'/'digits-gaussian')
 @pytest.fixture(scope='module')
 def predictions(teacher):
     "Votes of a Gaussian network on noisy copies of each training image."
-    return torch.tensor(np.stack([v[0] for v in count_votes(teacher, digits[0], range(len(digits[0])), .25, {0: 100})]))
+    return torch.tensor(np.stack([v[0] for v in count_votes(teacher, digits[0], range(len(digits[0])), Settings(.25, {0: 100}))]))
 
 LEARNERS = {  # method, its parameters, what differs in training
     'gaussian': (Gaussian, {}), 'gaussian m=2': (Gaussian, dict(num_noise=2)), 'accumulated': (Gaussian, dict(num_noise=2, accumulate_noise=True)),

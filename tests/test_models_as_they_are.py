@@ -43,9 +43,9 @@ def quiet(): return warnings.catch_warnings(action='error')
 @pytest.mark.parametrize('sigma', [np.float32(.12), np.float16(.12), np.array(.12), torch.tensor(.12), torch.tensor(.12, dtype=torch.float64)])
 def test_a_number_is_the_one_that_was_meant(tmp_path, net, x, sigma):
     log, y = tmp_path/'log.tsv', [0, 1, 2, 0]
-    begun = certify_dataset(net, x, y, sigma, n0=np.int64(100), n=torch.tensor(200), alpha=np.float32(.001), seed=np.int64(3), every=np.int32(2), log=log, progress=False)
+    begun = certify_dataset(net, x, y, sigma=sigma, n0=np.int64(100), n=torch.tensor(200), alpha=np.float32(.001), seed=np.int64(3), every=np.int32(2), log=log, progress=False)
     assert begun.sigma.tolist() == [.12] * 2 and begun.alpha.tolist() == [.001] * 2
-    whole = certify_dataset(net, x, y, .12, n0=100, n=200, alpha=.001, seed=3, log=log, progress=False)
+    whole = certify_dataset(net, x, y, sigma=.12, n0=100, n=200, alpha=.001, seed=3, log=log, progress=False)
     assert len(whole) == 4 and (whole.n == 200).all()
     c = certify(net, x[0], sigma, n=200)
     assert c == certify(net, x[0], .12, n=200) and type(c.sigma) is float and type(c.alpha) is float
@@ -56,7 +56,7 @@ def test_sigma_in_other_units_gets_a_warning(x):
         with pytest.warns(UserWarning, match=r'sigma=64 is in \[0,1\]-pixel units.*give sigma=0.251') as said: f(half_space, half_space.point_at(.3), 64, n=100)
         assert len(said) == 1
     with quiet(): certify(half_space, half_space.point_at(.3), 2, n=100)
-    with pytest.warns(UserWarning, match='pixel units'): certify_dataset(half_space, half_space.point_at(.3)[None], [1], 64, n=100, progress=False)
+    with pytest.warns(UserWarning, match='pixel units'): certify_dataset(half_space, half_space.point_at(.3)[None], [1], sigma=64, n=100, progress=False)
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_noise_is_float32_under_any_default(net, x, dtype):
@@ -157,9 +157,9 @@ def test_scripted_frozen_and_compiled_modules(tmp_path, x, arch):
     for name, form in forms.items():
         assert votes(form, x) == right, name
         log = tmp_path/f'{name}.tsv'
-        for _ in range(2): assert len(certify_dataset(form, x, y, .5, n=200, log=log, progress=False)) == 4
+        for _ in range(2): assert len(certify_dataset(form, x, y, sigma=.5, n=200, log=log, progress=False)) == 4
     other = torch.jit.freeze(torch.jit.script(build(arch, 3, 1, 8).eval()))          # no tensor tells them apart
-    with pytest.raises(ValueError, match='another setting'): certify_dataset(other, x, y, .5, n=200, log=tmp_path/'frozen.tsv', progress=False)
+    with pytest.raises(ValueError, match='another setting'): certify_dataset(other, x, y, sigma=.5, n=200, log=tmp_path/'frozen.tsv', progress=False)
 
 @pytest.mark.parametrize('precision', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('arch', ['small_cnn', 'cifar_resnet20'])
@@ -170,7 +170,7 @@ def test_half_weights_under_their_precision(tmp_path, x, arch, precision):
     sure = lambda model: certify(model, x, .5, n=400, precision=precision)
     for a, b in zip(sure(half), sure(lambda x: half(x.to(dtype)))):                  # by hand: rounding may move a vote or two
         assert sum(abs(m - n) for m, n in zip(a.counts, b.counts)) <= 12
-    assert len(certify_dataset(half, x, [0, 1, 2, 0], .5, n=100, precision=precision, progress=False)) == 4
+    assert len(certify_dataset(half, x, [0, 1, 2, 0], sigma=.5, n=100, precision=precision, progress=False)) == 4
     with pytest.raises(ValueError, match=f'the model has {precision} weights, and should run in float32'): certify(half, x, .5, n=100)
     with pytest.raises(ValueError, match='float64 weights'): certify(half.double(), x, .5, n=100)
 
@@ -309,7 +309,7 @@ def slow(x):
     return x.flatten(1)[:, :3]
 x, log = torch.rand(40, 1, 8, 8), sys.argv[1]
 if log == 'certify': certify(slow, x, .5, n=300)
-else: certify_dataset(slow, x, [0, 1] * 20, .5, n=300, log=None if log == 'none' else log, progress=False)
+else: certify_dataset(slow, x, [0, 1] * 20, sigma=.5, n=300, log=None if log == 'none' else log, progress=False)
 '''
 
 @pytest.mark.parametrize('number, name, log, words', [
@@ -330,6 +330,7 @@ def test_the_shipped_certificates_come_out_again(tmp_path):
     model = load_checkpoint(ROOT/'data/digits-gaussian')
     row = shipped.iloc[0]
     images, labels = load('digits', 'test')
-    again = certify_dataset(model, images, labels, row.sigma, row.n0, row.n, row.alpha, row.seed, every=90, progress=False).set_index('idx')
+    again = certify_dataset(model, images, labels, sigma=row.sigma, n0=row.n0, n=row.n, alpha=row.alpha, seed=row.seed,
+                            every=90, progress=False).set_index('idx')
     columns = ['label', 'predict', 'radius', 'correct', 'n_a', 'n_true', 'selected', 'weights', 'data']
     pd.testing.assert_frame_equal(again[columns], shipped.set_index('idx').loc[again.index, columns])

@@ -111,7 +111,7 @@ def watch(
         raise ValueError(f"there is no image {image}: the test split has {len(images)}, "
                          f"so choose one from 0 to {len(images) - 1}")
     x = images[image].to(device_of(model))
-    pictures = torch.stack([x, *noisy_copies(x, sigma, COPIES, seed, image)]).cpu().numpy()
+    pictures = torch.stack([x, *noisy_copies(x, sigma, COPIES, seed=seed, idx=image)]).cpu().numpy()
     drawn = np.empty(N0 + n, np.int64)
     now = Watched(image, len(images), int(labels[image]), pictures, model.metadata['num_classes'],
                   sigma, n, alpha, seed, chosen_by=drawn[:0], votes=drawn[:0])
@@ -119,7 +119,7 @@ def watch(
     seen = 0         # votes, with those that choose
     shown = 0        # fresh votes in the last look
     due = 0.         # when the next may come
-    for _, classes in vote_stream(model, x, sigma, N0, n, seed, image):
+    for _, classes in vote_stream(model, x, sigma, n0=N0, n=n, seed=seed, idx=image):
         drawn[seen:seen + len(classes)] = classes
         seen += len(classes)
         fresh = seen - N0
