@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Epochs that cost as much as 800 epochs of Gaussian training with one noise: 800 / ideal slow-down (`method.passes.slow_down()`).
+# Epochs that cost as much as 800 epochs of Gaussian training with one noise: 800 / ideal slow-down (`passes_of(method, ...).slow_down()`).
 # acr: 40 epochs at 4, then 53 at 12. crt: without its teacher. catrs: without its stored predictions.
 EQUAL_COST = dict(gaussian=800, gaussian4=200, stability=400, smoothadv=109, macer=50, consistency=400, smoothmix=86, catrs=43, sodm=33, crt=600, acr=93)
 
