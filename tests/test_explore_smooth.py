@@ -12,7 +12,7 @@ from rs_toolkit.checkpoint import load as load_checkpoint
 from rs_toolkit.common import package_folder
 from rs_toolkit.data import load
 from rs_toolkit.explore import smooth
-from rs_toolkit.explore.smooth import SmoothExplorer, shipped_runs, trained, watch
+from rs_toolkit.explore.smooth import SmoothExplorer, trained, watch
 from rs_toolkit.log import read_log
 from test_explore import ROOT, browser, server
 
