@@ -47,6 +47,7 @@ def _match(state, net, source):
     constants = _constants(rest)
     return tensors, [rest.get(k) for k in constants], {k: v for k, v in rest.items() if k not in constants}
 
+# %% ../nbs/11_checkpoint.ipynb #9da22aa8
 def _constants(rest):
     "Names of the mean and the standard deviation of the one normalisation layer among tensors that are left over."
     means = [k for k in rest if k.split('.')[-1] in MEANS]
@@ -55,6 +56,7 @@ def _constants(rest):
     stds = [k for k in rest if k.rpartition('.')[0] == layer and k.split('.')[-1] in STDS]
     return means[0], stds[0] if stds else None
 
+# %% ../nbs/11_checkpoint.ipynb #0b3d2107
 def _fill(model, tensors, rest, source, arch):
     "Give a rebuilt network its tensors; raises unless they are just those that it needs."
     def shapes(state): return {k: list(v.shape) for k, v in state.items()}
@@ -92,6 +94,7 @@ def save(
     write_file(path, serialize(state, {k: _text(k, v) for k, v in metadata.items()}))
     return path
 
+# %% ../nbs/11_checkpoint.ipynb #f7f3cc70
 def _rebuild(metadata):
     "The network that the metadata describe, freshly initialised."
     name, *rest = (metadata[k] for k in RECIPE)
@@ -104,6 +107,7 @@ def _unwrapped(model):
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
         else: return model
 
+# %% ../nbs/11_checkpoint.ipynb #14c6677f
 def _check_answers(model, rebuilt, metadata):
     "Raise unless the network and the rebuilt one are the same function."
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
@@ -118,6 +122,7 @@ def _check_answers(model, rebuilt, metadata):
                          f"tensors: mean and std (here {metadata['mean']}, {metadata['std']}) must be those by which "
                          "it normalises; save Normalized(net, mean, std)")
 
+# %% ../nbs/11_checkpoint.ipynb #7fd0251f
 def _text(key, value):
     "What JSON makes of a value."
     try: return json.dumps(value)
@@ -155,6 +160,7 @@ def _read(path):
     if wrong: raise ValueError(f"{path} is {wrong}")
     return _torch(path)
 
+# %% ../nbs/11_checkpoint.ipynb #695c15f6
 def _something_else(path, first):
     "What a file is that is no checkpoint, and what to do about it; None for what may be one."
     if not first: return 'empty: was its copy or download cut short?'
@@ -175,6 +181,7 @@ def _something_else(path, first):
         return ('neither a safetensors file nor a PyTorch checkpoint '
                 f'(it begins with the bytes {first[:8].hex()}): was its copy or download cut short?')
 
+# %% ../nbs/11_checkpoint.ipynb #90a389e3
 NUMBERS = [*((np._core.multiarray.scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')), np.dtype,
            *{type(np.dtype(c)) for c in '?bBhHiIlLqQefdg'}]          # they make numbers of NumPy, and nothing else
 
@@ -233,6 +240,7 @@ def load(
     model.metadata = metadata
     return model.eval()
 
+# %% ../nbs/11_checkpoint.ipynb #1ddf39ee
 def _choose_arch(path, said, asked):
     "The network's name: what the file says, or what the call says where the file says nothing that we know."
     ours = said is not None and (said in model_names() or ':' in str(said))
@@ -271,10 +279,12 @@ def _foreign_recipe(path, state, metadata, dataset, normalization, image_size):
     _check_claim(path, recipe, dataset, normalization)
     return recipe
 
+# %% ../nbs/11_checkpoint.ipynb #2d6cadcd
 def _numbers(path, name, values):
     "Constants of a normalisation layer, one for each channel."
     if values is None: return None
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     if low < 0 or high > 1 or (name == 'std' and low == 0):
         raise ValueError(f"{path} normalises by a {name} of {low:.4g} to {high:.4g}: "
                          "of pixels in [0, 1] it lies between 0 and 1")

@@ -84,9 +84,11 @@ def check_alpha(
     "Refuse a failure probability outside (0, 1)."
     alpha = plain_number(alpha)
     if not (isinstance(alpha, Real) and 0 < alpha < 1):
-        raise ValueError(f"alpha is the chance that a certificate is wrong: it must lie in (0, 1) (0.001, say), got {alpha!r}")
+        raise ValueError("alpha is the chance that a certificate is wrong: it must lie in (0, 1) (0.001, say), "
+                         f"got {alpha!r}")
     return float(alpha)
 
+# %% ../nbs/00_common.ipynb #e10373b6
 def check_samples(
     n:int,       # number of samples
     name='n',    # what to call it in the message
@@ -101,7 +103,7 @@ def check_number(
     value,         # what came
     name:str,      # what to call it in the message
     low=0.,        # smallest, inclusive
-    high=math.inf,   # largest, inclusive unless infinite
+    high=math.inf, # largest, inclusive unless infinite
 )->float:          # the same number; raises `ValueError` unless it lies in [low, high] and is finite
     "Refuse what is not a finite number within its limits."
     value = plain_number(value)
@@ -141,8 +143,9 @@ def saving(path):
     "Within the block: say what a failing disk means for the run."
     try: yield
     except OSError as e:
-        raise OSError(e.errno, f"cannot write {path} ({e.strerror}): what was written so far is safe; make room, or choose a folder that can be "
-                               "written, and give the same command again: it goes on from there") from e
+        raise OSError(e.errno, f"cannot write {path} ({e.strerror}): what was written so far is safe; make room, or "
+                               "choose a folder that can be written, and give the same command again: "
+                               "it goes on from there") from e
 
 def write_file(
     path,           # file; its folder is made if need be
@@ -193,12 +196,14 @@ def interruptible(
     "Within the block: Ctrl-C and SIGTERM end it with a `KeyboardInterrupt` that says `how`."
     def stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours: signal.signal(signal.SIGTERM, stop)
     try: yield
     except KeyboardInterrupt as e:
-        signal_name = str(e).removeprefix('stopped by ').partition('. ')[0] or 'Ctrl-C'      # of an inner block that has said so already
-        raise KeyboardInterrupt(f"stopped by {signal_name}. {how() if callable(how) else how}") from None
+        name = str(e).removeprefix('stopped by ').partition('. ')[0]  # an inner block may have said so already
+        words = how() if callable(how) else how
+        raise KeyboardInterrupt(f"stopped by {name or 'Ctrl-C'}. {words}") from None
     finally:
         if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -234,9 +239,11 @@ def _result(function, lines):
 # %% ../nbs/00_common.ipynb #9df8934a
 def _handed_on(cls):
     "What the `**kwargs` of an `__init__` take, in its signature from now on; their words."
-    init, above = cls.__init__, super(cls, cls).__init__
+    init = cls.__init__
+    above = super(cls, cls).__init__
     own = inspect.signature(init).parameters
-    more = [p for p in inspect.signature(above).parameters.values() if p.name not in own and p.kind != p.VAR_POSITIONAL]
+    inherited = inspect.signature(above).parameters.values()
+    more = [p for p in inherited if p.name not in own and p.kind != p.VAR_POSITIONAL]
     named = [p.replace(kind=p.KEYWORD_ONLY) if p.kind == p.POSITIONAL_OR_KEYWORD else p for p in more]
     init.__signature__ = inspect.Signature([p for p in own.values() if p.kind != p.VAR_KEYWORD] + named)
     known = getattr(above, '__arguments__', {})
@@ -272,12 +279,13 @@ def _write(namespace, nodes, lines):
         parts = [inspect.cleandoc(thing.__doc__ or ''), arguments, result and f'Returns:\n    {result}']
         thing.__doc__ = '\n\n'.join(part for part in parts if part) or None
 
+# %% ../nbs/00_common.ipynb #e57dfdc4
 def document(
     module:str,  # its `__name__`
 ):
     "Write into the docstrings of a module what the comments on its parameters say."
     try: source = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError): return                                                    # a notebook, or no source at hand
+    except (OSError, TypeError): return  # a notebook, or no source at hand
     _write(vars(sys.modules[module]), ast.parse(source).body, source.split('\n'))
 
 # %% ../nbs/00_common.ipynb #37787e7e

@@ -33,7 +33,8 @@ class Normalize(nn.Module):
     ):
         super().__init__()
         for name, values, default in ('mean', mean, 0.), ('std', std, 1.):
-            self.register_buffer(name, torch.tensor(default if values is None else values).reshape(-1, 1, 1), persistent=False)
+            constants = torch.tensor(default if values is None else values).reshape(-1, 1, 1)
+            self.register_buffer(name, constants, persistent=False)
 
     def forward(self, x): return (x - self.mean) / self.std
 
@@ -56,6 +57,7 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(out + self.downsample(x))
 
+# %% ../nbs/03_models.ipynb #2a4f655a
 class CifarResNet(nn.Module):
     "ResNet of depth 6n + 2 for 32x32 images (He et al., 2016, with projection shortcuts)."
     def __init__(self, depth:int, num_classes:int, in_channels=3, width=16):
@@ -65,8 +67,9 @@ class CifarResNet(nn.Module):
         widths = [width, width, 2*width, 4*width]
         blocks = (depth - 2) // 6
         for i in 1, 2, 3:
-            setattr(self, f'layer{i}', nn.Sequential(*[BasicBlock(widths[i - (j == 0)], widths[i], 2 if i > 1 and j == 0 else 1)
-                                                       for j in range(blocks)]))
+            first = BasicBlock(widths[i - 1], widths[i], 1 if i == 1 else 2)
+            others = [BasicBlock(widths[i], widths[i], 1) for _ in range(blocks - 1)]
+            setattr(self, f'layer{i}', nn.Sequential(first, *others))
         self.fc = nn.Linear(4*width, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
@@ -80,14 +83,17 @@ class LeNet(nn.Module):
     "LeNet for 28x28 images, as in the MNIST experiments of Jeong & Shin (2020)."
     def __init__(self, num_classes:int, in_channels=1):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(in_channels, 20, 5), nn.Conv2d(20, 50, 5)
-        self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, num_classes)
+        self.conv1 = nn.Conv2d(in_channels, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(800, 500)
+        self.fc2 = nn.Linear(500, num_classes)
 
     def forward(self, x):
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
+# %% ../nbs/03_models.ipynb #5a5534a3
 def mlp(num_classes:int, in_channels=1, image_size=8, width=128):
     "Two hidden layers."
     return nn.Sequential(nn.Flatten(), nn.Linear(in_channels*image_size**2, width), nn.ReLU(),
@@ -102,8 +108,10 @@ def small_cnn(num_classes:int, in_channels=1, width=16):
 
 # %% ../nbs/03_models.ipynb #2fb3be8f
 def _plain_cnn(convolutions, hidden, num_classes, in_channels, image_size):
-    "Convolutions (channels, kernel, stride, padding) and hidden layers (width), each with batch-norm and ReLU; then a linear head."
-    layers, channels, size = [], in_channels, image_size
+    "Convolutions (channels, kernel, stride, padding) and hidden layers (width), each with batch-norm; a linear head."
+    layers = []
+    channels = in_channels
+    size = image_size
     for out, kernel, stride, padding in convolutions:
         layers += [nn.Conv2d(channels, out, kernel, stride, padding), nn.BatchNorm2d(out), nn.ReLU()]
         channels = out
@@ -115,6 +123,7 @@ def _plain_cnn(convolutions, hidden, num_classes, in_channels, image_size):
         features = width
     return nn.Sequential(*layers, nn.Linear(features, num_classes))
 
+# %% ../nbs/03_models.ipynb #1d48c4b3
 def cnn_digits(num_classes:int, in_channels=1, image_size=8):
     "Two convolutions and a hidden layer of 128, for digits."
     return _plain_cnn([(16, 3, 1, 1), (32, 4, 2, 1)], [128], num_classes, in_channels, image_size)
@@ -135,10 +144,11 @@ FAMILIES = ('resnet', 'wide_resnet', 'resnext', 'regnet')
 def torchvision_net(name:str, num_classes:int, in_channels=3, image_size=224):
     "A network of torchvision's classification zoo, with a small-image stem below 64 pixels."
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    small, stem = image_size < 64, net.stem[0] if name.startswith('regnet') else net.conv1
+    small = image_size < 64
+    stem = net.stem[0] if name.startswith('regnet') else net.conv1
     if small or in_channels != stem.in_channels:
-        size = dict(kernel_size=3, stride=1, padding=1) if small else \
-            dict(kernel_size=stem.kernel_size, stride=stem.stride, padding=stem.padding)
+        if small: size = dict(kernel_size=3, stride=1, padding=1)
+        else: size = dict(kernel_size=stem.kernel_size, stride=stem.stride, padding=stem.padding)
         conv = nn.Conv2d(in_channels, stem.out_channels, bias=False, **size)
         nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         if name.startswith('regnet'): net.stem[0] = conv
@@ -177,6 +187,7 @@ def build(
         raise ValueError(f"model {name!r} must make a torch.nn.Module, got {type(net).__name__}")
     return Normalized(net, mean, std)
 
+# %% ../nbs/03_models.ipynb #8024da68
 def _check_arguments(name, takes, given):
     "Refuse what the network does not take, before it says so in its own words."
     if 'num_classes' not in takes:
@@ -213,18 +224,23 @@ def check_model(
     except Exception as e:
         if isinstance(e, (NoLogits, torch.cuda.OutOfMemoryError)): raise
         said = str(e).strip().splitlines() or ['']
-        raise ValueError(f"the model fails on {len(x)} images of shape {list(x.shape[1:])}: {type(e).__name__}: {said[-1 if is_scripted(model) else 0]}") from e
+        cause = said[-1] if is_scripted(model) else said[0]
+        raise ValueError(f"the model fails on {len(x)} images of shape {list(x.shape[1:])}: "
+                         f"{type(e).__name__}: {cause}") from e
     return as_logits(answer, len(x))
 
+# %% ../nbs/03_models.ipynb #4dea9d8a
 def for_any_number(
     model,            # anything that can be called with images
     x,                # images to try it with [b, C, H, W]
     batch_size:int,   # how many it is going to get
 ):                    # the model, or what stands for it
-    "A model that was exported for `batch_size` images only takes any number: the rest of a batch is filled up with copies."
+    "Takes any number, also where the model was exported for `batch_size` images: a batch is filled up with copies."
+    def in_full_batches(x): return torch.cat([_filled_up(model, part, batch_size) for part in x.split(batch_size)])
+
     try: model(x[:1])
     except NoLogits: return model
-    except Exception: return lambda x: torch.cat([_filled_up(model, part, batch_size) for part in x.split(batch_size)])
+    except Exception: return in_full_batches
     return model
 
 def _filled_up(model, x, size):
@@ -232,13 +248,16 @@ def _filled_up(model, x, size):
     return as_logits(model(torch.cat([x, copies])), size)[:len(x)]
 
 # %% ../nbs/03_models.ipynb #7b913e38
+_lock = threading.RLock()
+_held = {}          # id of a module or weight -> how many hold it, and its flag before the first
+
 @contextmanager
 def frozen(model):
     "Within the block: eval mode, and no gradients for the weights. Gradients with respect to the input still flow."
     if not isinstance(model, nn.Module):             # a plain callable has nothing to freeze
         yield model
         return
-    flags = [(m, 'training') for m in model.modules() if hasattr(m, 'training')]      # torch.jit.freeze takes even that away
+    flags = [(m, 'training') for m in model.modules() if hasattr(m, 'training')]    # torch.jit.freeze takes it away
     flags += [(p, 'requires_grad') for p in model.parameters()]
     with _lock:
         for thing, flag in flags:
@@ -254,8 +273,6 @@ def frozen(model):
                 if holders > 1: _held[id(thing)] = holders - 1, was
                 else: setattr(thing, flag, was)
 
-_lock, _held = threading.RLock(), {}                 # id of a module or weight -> how many hold it, and its flag before the first
-
 # %% ../nbs/03_models.ipynb #a5fbd216
 def _precision_switches():
     "Where torch keeps whether float32 may be computed with fewer bits, and the value that forbids it."
@@ -265,7 +282,9 @@ def _precision_switches():
     places = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn]
     return [(place, 'fp32_precision', 'ieee') for place in places]
 
-_exact_blocks, _exact_lock = [], threading.Lock()     # what the switches were before, once for each open block
+# %% ../nbs/03_models.ipynb #fda5da39
+_exact_blocks = []     # what the switches were before, once for each open block
+_exact_lock = threading.Lock()
 
 @contextmanager
 def exact_float32():
@@ -290,6 +309,7 @@ def _probe(image_shape):
     grids = [torch.from_numpy(draw.rand(4, channels, cells, cells)).float() for cells in (1, 2, 4, 8)]
     return torch.cat([F.interpolate(grid, size, mode='nearest') for grid in grids])
 
+# %% ../nbs/03_models.ipynb #f366ac25
 @torch.no_grad()
 def answers(
     model,        # [b, C, H, W] -> [b, k]
@@ -299,17 +319,19 @@ def answers(
 )->str:           # four numbers; '' where the same image gets another answer each time, which identifies nothing
     "What a model says to a fixed probe: tells two functions apart that have the same tensors."
     images = _probe(image_shape).to(device_of(model) if device is None else device)
+    first = _ask(model, images, batch_size)
+    return first if same_answers(first, _ask(model, images, batch_size)) else ''
+
+def _ask(model, images, batch_size):
+    "The size of all logits, and three random sums of them."
     half = next((t.dtype for t in model_tensors(model) if t.dtype in (torch.float16, torch.bfloat16)), None)
-    def ask():
-        with frozen(model), torch.autocast(images.device.type, half, enabled=half is not None):
-            x = images if half is None else images.to(half)
-            logits = check_model(for_any_number(model, x, batch_size), x)
-        logits = logits.detach().double().cpu().nan_to_num(0., 1e6, -1e6)
-        weights = torch.from_numpy(np.random.RandomState(1).randn(3, logits.numel()))
-        numbers = [logits.square().mean().sqrt(), *(weights @ logits.flatten() / logits.numel()**.5)]
-        return ' '.join(f'{float(number):.6g}' for number in numbers)
-    first = ask()
-    return first if same_answers(first, ask()) else ''
+    with frozen(model), torch.autocast(images.device.type, half, enabled=half is not None):
+        x = images if half is None else images.to(half)
+        logits = check_model(for_any_number(model, x, batch_size), x)
+    logits = logits.detach().double().cpu().nan_to_num(0., 1e6, -1e6)
+    weights = torch.from_numpy(np.random.RandomState(1).randn(3, logits.numel()))
+    numbers = [logits.square().mean().sqrt(), *(weights @ logits.flatten() / logits.numel()**.5)]
+    return ' '.join(f'{float(number):.6g}' for number in numbers)
 
 # %% ../nbs/03_models.ipynb #b4e8bd46
 class HalfSpace(nn.Module):
