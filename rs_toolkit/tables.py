@@ -44,7 +44,7 @@ IDEAL = {   # key of the catalogue -> slow-down; by sigma where the setting depe
     'macer': 16,
     'catrs': 56/3,
     'smoothadv': {.25: 92/3, .5: 184/3, 1.: 46/3},   # 4, 8 and 2 copies, 10 steps
-    'acr': {.25: (60*4 + 90*12)/150, .5: (70*4 + 80*20)/150, 1.: (60*4 + 90*44/3)/150},  # attack from epoch 60, 70, 60 of 150
+    'acr': {.25: (60*4 + 90*12)/150, .5: (70*4 + 80*20)/150, 1.: (60*4 + 90*44/3)/150},   # of 150 epochs: 90, 80, 90
 }
 
 def _ideal(dataset, source, label, sigma):
@@ -76,7 +76,8 @@ def read_published(
     "Every published certified accuracy that the project ships."
     folder = Path(folder or data_folder()/'published')
     if not (folder/'sodm_table1.csv').exists():
-        raise ValueError(f"no published tables in {folder}: start in the project's folder, or say where data/published is")
+        raise ValueError(f"no published tables in {folder}: start in the project's folder, or say where "
+                         "data/published is")
     paper = _read_acr_paper(folder/'acr_paper_table2.csv')
     sodm = _read_sodm(folder/'sodm_table1.csv')
     repositories = _read_repositories(folder/'repo_logs_recomputed.csv')
@@ -85,7 +86,8 @@ def read_published(
     return rows.assign(**ALONE, exact=False, cost=cost)[COLUMNS]
 
 # %% ../nbs/15_tables.ipynb #09bcfebf
-DATASETS = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'fmnist': 'Fashion-MNIST', 'mnist': 'MNIST', 'imagenet': 'ImageNet'}
+DATASETS = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'fmnist': 'Fashion-MNIST', 'mnist': 'MNIST',
+            'imagenet': 'ImageNet'}
 ONLY_CATRS = r'data/(mnist|imagenet)/.*'        # logs of a repository that name no method there
 
 def _read_acr_paper(path):
@@ -96,7 +98,8 @@ def _read_acr_paper(path):
 
 def _read_sodm(path):
     rows = pd.read_csv(path).dropna().assign(source='SODM paper, Table 1', dataset='CIFAR-10')
-    rows['method'] = rows.model.replace({'Salman': METHODS['smoothadv'].label, 'Cohen': METHODS['gaussian'].label}, regex=True)
+    words = {'Salman': METHODS['smoothadv'].label, 'Cohen': METHODS['gaussian'].label}
+    rows['method'] = rows.model.replace(words, regex=True)
     return rows
 
 def _dataset(log):
