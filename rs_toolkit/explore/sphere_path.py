@@ -32,7 +32,7 @@ def sphere_path(
         logits = model(images[right] + d)
         right = right[logits.argmax(1) == labels[right]]
         return logits
-    with frozen(model): last = sphere_attack(watched, torch.zeros_like(x), y, noise, eps, steps, norm)
+    with frozen(model): last = sphere_attack(watched, torch.zeros_like(x), y, noise, eps=eps, steps=steps, norm=norm)
     shown = [p.unflatten(0, noise.shape[:2]) for p in path[1:]]
     return torch.stack(shown + [last] * (steps + 1 - len(shown)))            # once all are wrong, nothing moves
 
