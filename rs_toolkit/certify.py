@@ -128,8 +128,6 @@ def _noisy(x, sigma, copies=1):
     return (x + gaussian_noise(x, sigma, copies, [(i,) for i in range(len(x))])).flatten(0, 1)
 
 # %% ../nbs/05_certify.ipynb #581f1ab9
-LARGEST_SIGMA = 2.   # nothing published smooths [0,1]-pixels with more than 1
-
 @dataclass(frozen=True)
 class Settings:
     "How the votes of every image are drawn, and what they should promise."
@@ -154,6 +152,8 @@ class Settings:
         return self.batch_size or (CHUNK if device.type == 'cpu' else 1000)
 
 # %% ../nbs/05_certify.ipynb #330cdfbe
+LARGEST_SIGMA = 2.   # nothing published smooths [0,1]-pixels with more than 1
+
 def _plain(settings):
     "What was asked for, checked: name -> value."
     names = {SELECTION: 'n0', ESTIMATION: 'n', PREDICTION: 'n'}
@@ -251,6 +251,7 @@ def count_votes(
             yield votes[ended % turns].cpu().numpy().copy()
             votes[ended % turns] = 0
 
+# %% ../nbs/05_certify.ipynb #8ae0edd5
 def _table(rows, logits, settings):
     "No votes yet [turns, phase, k]: a turn for each image that has rows in a batch, however the batch begins."
     turns = len(rows) // settings.per_image + 2
