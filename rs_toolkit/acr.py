@@ -59,8 +59,10 @@ def constant(
 )->Outcome:
     "What the best constant answer gets on the images of a log."
     right = (log.label == log.label.mode()[0]).to_numpy()
-    radius = constant_acr(n, setting(log, 'sigma'), 1, setting(log, 'alpha') if alpha is None else alpha)
-    return Outcome(right.astype(float), np.where(right & (radius > 0), radius, -np.inf), np.full(len(log), radius == 0), False)
+    if alpha is None: alpha = setting(log, 'alpha')
+    radius = constant_acr(n, setting(log, 'sigma'), 1, alpha)
+    credited = np.where(right & (radius > 0), radius, -np.inf)
+    return Outcome(right.astype(float), credited, np.full(len(log), radius == 0), False)
 
 # %% ../nbs/16_acr.ipynb #faae5a93
 def all_or_nothing(

@@ -21,7 +21,9 @@ def lower_bound(
     alpha:float,  # chance that the true probability lies below the bound
 )->np.ndarray:    # shape of `k` and `n`; 0 where k = 0, alpha^(1/n) where k = n
     "One-sided Clopper-Pearson lower bound on a probability (Cohen et al., 2019, `LowerConfBound`)."
-    k, n, alpha = np.asarray(k), np.asarray(n), check_alpha(alpha)
+    k = np.asarray(k)
+    n = np.asarray(n)
+    alpha = check_alpha(alpha)
     if not ((n >= 1) & (0 <= k) & (k <= n)).all():
         raise ValueError(f"votes must satisfy 0 <= k <= n and n >= 1, got k={k} of n={n}")
     p = betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, alpha)
@@ -43,14 +45,16 @@ def certified_radius(
     sigma:float,  # noise level
 )->np.ndarray:    # sigma * Phi^-1(p), in units of sigma; 0 where p <= 1/2
     "The l2 radius that a vote share of `p_a_lower` guarantees (Cohen et al., 2019, Theorem 1)."
-    p, sigma = np.asarray(p_a_lower, float), check_sigma(sigma)
+    p = np.asarray(p_a_lower, float)
+    sigma = check_sigma(sigma)
     if not ((0 <= p) & (p <= 1)).all(): raise ValueError(f"a probability lies in [0, 1], got {p_a_lower}")
     return (sigma * np.maximum(ndtri(p), 0))[()]
 
+# %% ../nbs/00_bounds.ipynb #c7de6928
 def round_down(
     radius,       # what was computed
 )->np.ndarray:    # never more, by up to 1e-9
-    "A radius to publish: nine decimals, cut off, so that neither rounding nor the last bits of a quantile promise too much."
+    "A radius to publish: nine decimals, cut off, so that no rounding promises too much."
     return (np.floor(np.asarray(radius) * 1e9) / 1e9)[()]
 
 def max_radius(
@@ -95,12 +99,14 @@ def fewest_votes(
     "Smallest number of votes that does not abstain."
     return bisect_left(range(n + 1), .5, key=lambda k: lower_bound(k, n, alpha))
 
+# %% ../nbs/00_bounds.ipynb #469569f2
 def two_sided_p(
     a,          # votes for one class
     b,          # votes for the other
 )->np.ndarray:  # p-value of "both are equally likely"
     "Two-sided exact binomial test of `a` successes in `a + b` fair trials (PREDICT of Cohen et al., 2019)."
-    k, n = np.maximum(a, b), np.asarray(a) + b
+    k = np.maximum(a, b)
+    n = np.asarray(a) + b
     return np.minimum(1., 2 * betainc(np.maximum(k, 1), n - k + 1, .5) * (k > 0) + (k == 0))[()]
 
 # %% ../nbs/00_bounds.ipynb #07a84e10
@@ -125,7 +131,8 @@ def constant_acr(
 )->np.ndarray:        # shape of `n`
     "Average certified radius of a classifier that always gives the same answer."
     if not (np.asarray(n) >= 1).all(): raise ValueError(f"a certificate takes at least one sample, got n={n}")
-    return (check_sigma(sigma) * np.maximum(-ndtri(-np.expm1(np.log(check_alpha(alpha)) / np.asarray(n, float))), 0) / num_classes)[()]
+    doubt = -np.expm1(np.log(check_alpha(alpha)) / np.asarray(n, float))      # 1 - alpha^(1/n), also where n is huge
+    return (check_sigma(sigma) * np.maximum(-ndtri(doubt), 0) / num_classes)[()]
 
 # %% ../nbs/00_bounds.ipynb #de51bade
 document(__name__)

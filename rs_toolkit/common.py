@@ -201,7 +201,7 @@ def interruptible(
     if ours: signal.signal(signal.SIGTERM, stop)
     try: yield
     except KeyboardInterrupt as e:
-        name = str(e).removeprefix('stopped by ').partition('. ')[0]                # an inner block may have said so already
+        name = str(e).removeprefix('stopped by ').partition('. ')[0]  # an inner block may have said so already
         words = how() if callable(how) else how
         raise KeyboardInterrupt(f"stopped by {name or 'Ctrl-C'}. {words}") from None
     finally:
@@ -285,7 +285,7 @@ def document(
 ):
     "Write into the docstrings of a module what the comments on its parameters say."
     try: source = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError): return                                                    # a notebook, or no source at hand
+    except (OSError, TypeError): return  # a notebook, or no source at hand
     _write(vars(sys.modules[module]), ast.parse(source).body, source.split('\n'))
 
 # %% ../nbs/00_common.ipynb #37787e7e

@@ -23,8 +23,10 @@ class _Recorder(nn.Module):
     "A frozen network that keeps what goes in, and cuts the graph at what comes out."
     def __init__(self, model):
         super().__init__()
-        self.model, self.calls = model, []
-        self.live = nn.Parameter(torch.zeros((), device=device_of(model)))      # `frozen` switches it off: an attack is running
+        self.model = model
+        self.calls = []
+        # `frozen` switches it off: an attack is running
+        self.live = nn.Parameter(torch.zeros((), device=device_of(model)))
 
     def forward(self, x):
         logits = self.model(x)
@@ -34,15 +36,20 @@ class _Recorder(nn.Module):
 
 # %% ../nbs/13_gradients.ipynb #316992dd
 def _cotangents(model, method, x, y, index):
-    "What an image's loss sends through the network: inputs [b, c, C, H, W], and its derivative by their logits [b, c, k]."
+    "What an image's loss sends through the network: inputs [b, c, C, H, W], and its derivative by logits [b, c, k]."
     recorder = _Recorder(model)
     with torch.enable_grad(): loss = sum(method(recorder, x, y, index).values())
     inputs, leaves = zip(*recorder.calls)
-    if odd := [len(v) for v in inputs if len(v) % len(x)]:
-        raise ValueError(f"{type(method).__name__} ran the network on {odd[0]} inputs for {len(x)} images: every image must have as many copies as the others, the first copy of all images first")
-    grads = torch.autograd.grad(loss * len(x), leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+    odd = [len(v) for v in inputs if len(v) % len(x)]
+    if odd:
+        raise ValueError(f"{type(method).__name__} ran the network on {odd[0]} inputs for {len(x)} images: every image "
+                         "must have as many copies as the others, the first copy of all images first")
+    grads = [None] * len(leaves)
+    if loss.requires_grad: grads = torch.autograd.grad(loss * len(x), leaves, allow_unused=True)
     grads = [torch.zeros_like(z) if g is None else g for z, g in zip(leaves, grads)]
-    return [torch.cat([v.unflatten(0, (-1, len(x))) for v in parts]).transpose(0, 1) for parts in (inputs, grads)]
+
+    def by_image(parts): return torch.cat([v.unflatten(0, (-1, len(x))) for v in parts]).transpose(0, 1)
+    return by_image(inputs), by_image(grads)
 
 # %% ../nbs/13_gradients.ipynb #c418b878
 def _weight_norms(model, names, inputs, grads):
@@ -60,19 +67,25 @@ def _input_norms(model, inputs, grads):
         by_copy, = torch.autograd.grad((model(copies) * grads.flatten(0, 1)).sum(), copies)
     return by_copy.view_as(inputs).sum(1).flatten(1).norm(dim=1)
 
+# %% ../nbs/13_gradients.ipynb #512c7325
 @torch.no_grad()
 def _share_right(model, x, y, sigma, n, keys):
     "[b]: share of n noisy copies that are classified as their label."
-    at = torch.arange(len(x)).split(max(1, 512 // n))
-    return torch.cat([(noisy_logits(model, x[i], gaussian_noise(x[i], sigma, n, [keys[j] for j in i])).argmax(-1) == y[i]).float().mean(0) for i in at])
+    shares = []
+    for at in torch.arange(len(x)).split(max(1, 512 // n)):
+        noise = gaussian_noise(x[at], sigma, n, [keys[i] for i in at])
+        right = noisy_logits(model, x[at], noise).argmax(-1) == y[at]
+        shares.append(right.float().mean(0))
+    return torch.cat(shares)
 
 # %% ../nbs/13_gradients.ipynb #d6c766cb
 def gradient_norms(
     model,           # trained network; BatchNorm is in eval mode meanwhile
-    method,          # as in training; call `method.start_epoch` with a late epoch first, or ramps and deferred terms are those of epoch 0
-    images, labels,  # of training, without augmentation: [N, C, H, W] in [0, 1], [N]
+    method,          # as in training; ramps are those of its epoch, so call `method.start_epoch` with a late one first
+    images,          # of training, without augmentation: [N, C, H, W] in [0, 1]
+    labels,          # [N]
     idx=None,        # data-set index of each image; default: position
-    wrt='weights',   # all trainable weights; or input: the image, while everything that is added to it stays
+    wrt='weights',   # all trainable weights; or input: the image, while all that is added to it stays
     n=100,           # noisy draws behind p_a
     batch_size=32,   # images whose gradients are in memory together
     seed=0,          # of the draws behind p_a; those of the loss have the method's own
@@ -82,17 +95,25 @@ def gradient_norms(
     if wrt not in ('weights', 'input'): raise unknown('variable to differentiate by', wrt, ['weights', 'input'])
     images, labels = check_images(images, labels)
     n = check_samples(n, 'n')
-    ids, device, parts = torch.arange(len(images)) if idx is None else torch.as_tensor(idx), device_of(model), []
-    if len(ids) != len(images): raise ValueError(f"one index for each image: got {len(ids)} indices for {len(images)} images")
+    ids = torch.arange(len(images)) if idx is None else torch.as_tensor(idx)
+    if len(ids) != len(images):
+        raise ValueError(f"one index for each image: got {len(ids)} indices for {len(images)} images")
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    if wrt == 'weights' and not names: raise ValueError("no weight of the model is trainable: call model.requires_grad_() first")
+    if wrt == 'weights' and not names:
+        raise ValueError("no weight of the model is trainable: call model.requires_grad_() first")
+    device = device_of(model)
+    steps = torch.arange(len(images)).split(check_samples(batch_size, 'batch_size'))
+    parts = []
     with frozen(model):
-        for at in tqdm(torch.arange(len(images)).split(check_samples(batch_size, 'batch_size')), desc='gradients', disable=not progress):
-            x, y = images_at(images, at).to(device), labels[at.to(labels.device)].to(device)
+        for at in tqdm(steps, desc='gradients', disable=not progress):
+            x = images_at(images, at).to(device)
+            y = labels[at.to(labels.device)].to(device)
             p_a = _share_right(model, x, y, method.sigma, n, image_keys(seed, method.epoch, ids[at], COUNTING))
             flow = _cotangents(model, method, x, y, ids[at])
             norms = _weight_norms(model, names, *flow) if wrt == 'weights' else _input_norms(model, *flow)
-            parts.append(pd.DataFrame(dict(idx=ids[at].numpy(), label=y.cpu().numpy(), p_a=p_a.cpu().double().mul(n).round().div(n).numpy(), grad_norm=norms.cpu().numpy())))
+            exact = p_a.cpu().double().mul(n).round().div(n)                      # whole votes, in double precision
+            parts.append(pd.DataFrame(dict(idx=ids[at].numpy(), label=y.cpu().numpy(), p_a=exact.numpy(),
+                                           grad_norm=norms.cpu().numpy())))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/13_gradients.ipynb #7b26fa49
@@ -101,7 +122,9 @@ def gradient_table(
 )->pd.DataFrame:     # rows easy and hard: count, mean, quartiles; ratio: the mean over that of the hard images
     "Gradient norms of easy images (p_a > .5) and hard ones (p_a < .5); p_a = .5 is neither."
     groups = {'easy': frame.grad_norm[frame.p_a > .5], 'hard': frame.grad_norm[frame.p_a < .5]}
-    table = pd.DataFrame({name: dict(count=len(v), mean=v.mean(), q25=v.quantile(.25), median=v.median(), q75=v.quantile(.75)) for name, v in groups.items()}).T
+    def row(v):
+        return dict(count=len(v), mean=v.mean(), q25=v.quantile(.25), median=v.median(), q75=v.quantile(.75))
+    table = pd.DataFrame({name: row(v) for name, v in groups.items()}).T
     return table.assign(count=table['count'].astype(int), ratio=table['mean'] / table.loc['hard', 'mean'])
 
 # %% ../nbs/13_gradients.ipynb #577ef26c
@@ -113,15 +136,22 @@ def gradient_norm_figure(
     import plotly.graph_objects as go
 
     from rs_toolkit.plots import colours, layout
-    fig, tint, zeros = go.Figure(), colours(frames), {name: int((frame.grad_norm == 0).sum()) for name, frame in frames.items()}
+    fig = go.Figure()
+    tint = colours(frames)
     for k, (name, frame) in enumerate(frames.items()):
-        frame = frame[frame.grad_norm > 0]
-        tenth = np.floor(frame.p_a * 10 + 1e-9).clip(upper=9) / 10                    # .05 past the edge is the middle of the box
-        fig.add_box(x=tenth + .1 * (k + .5 + .1) / (len(frames) + .2), y=frame.grad_norm, name=name, width=.085 / len(frames), marker=dict(color=tint[name], size=3), line_width=1.5)
-        fig.add_annotation(text=name + (f'<br>({zeros[name]} images with gradient 0)' if zeros[name] else ''), font_color=tint[name], showarrow=False, align='left',
-                           xref='paper', x=1.01, xanchor='left', yref='paper', y=1 - .14 * k, yanchor='top')
-    return layout(fig, title, hovermode='closest', yaxis=dict(title='gradient norm', type='log', dtick=1, exponentformat='power'), width=820, margin_r=190,
-                  xaxis=dict(title='share p<sub>A</sub> of noisy copies that are classified correctly', range=[0, 1], dtick=.1))
+        seen = frame[frame.grad_norm > 0]
+        tenth = np.floor(seen.p_a * 10 + 1e-9).clip(upper=9) / 10                    # .05 past the edge is its middle
+        place = tenth + .1 * (k + .5 + .1) / (len(frames) + .2)
+        fig.add_box(x=place, y=seen.grad_norm, name=name, width=.085 / len(frames), line_width=1.5,
+                    marker=dict(color=tint[name], size=3))
+        zeros = len(frame) - len(seen)
+        words = f'{name}<br>({zeros} images with gradient 0)' if zeros else name
+        fig.add_annotation(text=words, font_color=tint[name], showarrow=False, align='left', xref='paper', x=1.01,
+                           xanchor='left', yref='paper', y=1 - .14 * k, yanchor='top')
+    return layout(fig, title, hovermode='closest', width=820, margin_r=190,
+                  xaxis=dict(title='share p<sub>A</sub> of noisy copies that are classified correctly', range=[0, 1],
+                             dtick=.1),
+                  yaxis=dict(title='gradient norm', type='log', dtick=1, exponentformat='power'))
 
 # %% ../nbs/13_gradients.ipynb #f896f038
 document(__name__)

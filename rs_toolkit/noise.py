@@ -46,10 +46,11 @@ def gaussian_noise(
     generator=None,  # torch.Generator, or a list of b keys (tuples of whole numbers), one per image
 )->torch.Tensor:     # [m, b, *image], float32
     "Independent N(0, sigma^2) noise for `num_noise` copies of each image."
-    device = getattr(generator, 'device', x.device)                                              # a generator draws where it is
-    noise = torch.empty(len(x), num_noise, *x.shape[1:], device=device, dtype=torch.float32)     # whatever the default type
+    device = getattr(generator, 'device', x.device)                                          # it draws where it is
+    noise = torch.empty(len(x), num_noise, *x.shape[1:], device=device, dtype=torch.float32) # whatever the default type
     if isinstance(generator, (list, tuple)):
-        if len(generator) != len(x): raise ValueError(f"one key per image: got {len(generator)} keys for {len(x)} images")
+        if len(generator) != len(x):
+            raise ValueError(f"one key per image: got {len(generator)} keys for {len(x)} images")
         for row, key in zip(noise, generator): fill_normal(row, *key)
     else: noise.normal_(generator=generator)
     return noise.mul_(check_sigma(sigma)).transpose(0, 1).to(x.device)
@@ -65,13 +66,16 @@ def as_logits(
     parts = _parts(answer)
     parts = [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in parts]
     tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-    fit = [t for t in tensors if t.dim() == 2 and len(t) == size and t.shape[1] >= 2 and (len(parts) == 1 or t.is_floating_point())]
+    fit = [t for t in tensors if t.dim() == 2 and len(t) == size and t.shape[1] >= 2]
+    if len(parts) > 1: fit = [t for t in fit if t.is_floating_point()]
     if len(fit) != 1:
-        came = ' and '.join([f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors]) or type(answer).__name__
-        raise NoLogits(f"a classifier maps images [b, C, H, W] to logits [b, k] of k >= 2 classes; for {size} images this one gave {came}"
-                         f"{': return the logits alone' if len(fit) > 1 else ''}")
+        came = [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors]
+        raise NoLogits("a classifier maps images [b, C, H, W] to logits [b, k] of k >= 2 classes; "
+                       f"for {size} images this one gave {' and '.join(came) or type(answer).__name__}"
+                       f"{': return the logits alone' if len(fit) > 1 else ''}")
     return fit[0].float()
 
+# %% ../nbs/01_noise.ipynb #c90ab61b
 def _parts(answer):
     "What could be the logits."
     if isinstance(answer, (torch.Tensor, np.ndarray)): return [answer]

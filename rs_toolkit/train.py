@@ -25,14 +25,15 @@ from .data import Items, batches, check_images, check_labels, fingerprint, image
 from .methods.core import Method, check_epoch, epoch_of, too_late
 from .models import answers, check_model, device_of, exact_float32, frozen, model_tensors
 from .noise import gaussian_noise
-from .processes import join_processes, pick_device, share_gradients, total
+from .processes import join_processes, pick_device, share_gradients, share_statistics, share_weights, total
 
 # %% ../nbs/10_train.ipynb #82ac90a2
 @torch.no_grad()
 @exact_float32()
 def accuracy(
     model,           # [b, C, H, W] -> [b, k]
-    images, labels,  # [N, C, H, W], [N]
+    images,          # [N, C, H, W]
+    labels,          # [N]
     sigma=0.,        # noise level; 0: clean images
     batch_size=256,  # images per forward pass
 )->float:            # fraction
@@ -61,16 +62,18 @@ def drop_epochs(
     given = [check_epoch(when, 'lr_drops') for when in lr_drops or []]
     if 0 in given: raise ValueError("lr_drops=0 would come before the first epoch: give a lower lr instead")
     drops = [epoch_of(when, epochs, 'lr_drops') for when in given] if given else [epochs // 3, 2*epochs // 3]
-    drops = [e + int(check_number(lr_lag, 'lr_lag')) for e in drops if e]           # a run of one or two epochs has no third
-    late = [e for e in drops if e >= epochs]
+    lag = int(check_number(lr_lag, 'lr_lag'))
+    drops = [epoch + lag for epoch in drops if epoch]           # a run of one or two epochs has no third
+    late = [epoch for epoch in drops if epoch >= epochs]
     if late: raise too_late(f'lr_drops, with lr_lag={lr_lag},', late[0], epochs)
     return drops
 
+# %% ../nbs/10_train.ipynb #1d400bcf
 def lr_schedule(
     opt,            # optimizer
     schedule:str,   # step or cosine
     epochs:int,     # length of the run
-    lr_drops=None,  # step: epochs (or parts of the run) that start with a tenth of the rate; default: at one and two thirds
+    lr_drops=None,  # step: epochs, or parts of the run, that start with a tenth of the rate; default: at 1/3 and 2/3
     lr_lag=0,       # epochs by which every drop comes late; 1 imitates the published code of Jeong et al.
 ):                  # torch scheduler, stepped once per epoch
     "Step decay exactly at the named epochs, or cosine decay to 0."
@@ -80,11 +83,13 @@ def lr_schedule(
 
 # %% ../nbs/10_train.ipynb #d795707b
 def check_run(
-    epochs:int,                            # length of the run
-    method,                                # what to minimise
-    curriculum=None,                       # which images to see
-    schedule='step',                       # step or cosine
-    lr_drops=None, lr_lag=0,               # of `lr_schedule`
+    epochs:int,       # length of the run
+    method,           # what to minimise
+    curriculum=None,  # which images to see
+    *,
+    schedule='step',  # step or cosine
+    lr_drops=None,    # of `lr_schedule`
+    lr_lag=0,         # of `lr_schedule`
 ):
     "Refuse a run that ends before one of its parts has acted."
     epochs = check_samples(epochs, 'epochs')
@@ -93,7 +98,7 @@ def check_run(
     if hasattr(curriculum, 'start_run'): curriculum.start_run(epochs)
     if schedule == 'step': drop_epochs(epochs, lr_drops, lr_lag)
 
-# %% ../nbs/10_train.ipynb #f97de637
+# %% ../nbs/10_train.ipynb #1f376877
 def save_state(
     path,     # file
     parts,    # name -> anything with a state_dict
@@ -107,6 +112,11 @@ def save_state(
     torch.save({**states, **facts, **random, 'setup': setup}, content)
     write_file(path, content.getvalue())
 
+def _generators(device):
+    "Where torch keeps its random numbers: of the processor, and of the kind of device in use."
+    return {'rng': torch} if device == 'cpu' else {'rng': torch, 'device_rng': torch.get_device_module(device)}
+
+# %% ../nbs/10_train.ipynb #3c4b5b9d
 def load_state(
     path,     # file
     parts,    # name -> anything with a state_dict
@@ -114,17 +124,17 @@ def load_state(
 )->dict:      # its facts
     "Put a saved state back into `parts`; refuse one that belongs to another setting."
     state = torch.load(path, weights_only=True, map_location='cpu')
-    differ = [f"{k} was {state['setup'].get(k)!r}, is {v!r}" for k, v in setup.items() if state['setup'].get(k) != v]
-    if differ: raise ValueError(f"{path} belongs to another run: {'; '.join(differ)}. Choose another folder, or delete this one")
+    before = state['setup']
+    differ = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in setup.items() if before.get(k) != v]
+    if differ:
+        raise ValueError(f"{path} belongs to another run: {'; '.join(differ)}. "
+                         "Choose another folder, or delete this one")
     for name, part in parts.items(): part.load_state_dict(state[name])
     for name, generator in _generators(setup['device']).items():
         if name in state: generator.set_rng_state(state[name])
     return state
 
-def _generators(device):
-    "Where torch keeps its random numbers: of the processor, and of the kind of device in use."
-    return {'rng': torch} if device == 'cpu' else {'rng': torch, 'device_rng': torch.get_device_module(device)}
-
+# %% ../nbs/10_train.ipynb #a177eff3
 def describe(
     thing,  # a method, curriculum, attack, tensor or plain value
 ):          # plain values that tell it apart
@@ -135,18 +145,23 @@ def describe(
     if isinstance(thing, (str, int, float, type(None))): return thing
     if type(thing) in (list, tuple): return type(thing)(describe(v) for v in thing)
     if type(thing) is dict: return {k: describe(v) for k, v in thing.items()}
-    if isinstance(thing, torch.optim.Optimizer): return dict(name=type(thing).__name__, **_kinds(thing))   # its state says more
+    if isinstance(thing, torch.optim.Optimizer):                        # its state says more
+        return dict(name=type(thing).__name__, **_kinds(thing))
     if isinstance(thing, torch.nn.Module) or hasattr(thing, 'state_dict'):
         changing = ('epoch', 'epochs', 'training', 'ramp', 'kept', 'weights')
-        kept = {k: v for k, v in vars(thing).items() if not k.startswith('_') and k not in changing}
+        kept = {k: v for k, v in _public(thing).items() if k not in changing}
         return dict(name=type(thing).__name__, **describe(kept))
     return getattr(thing, '__name__', type(thing).__name__)
 
+def _public(thing):
+    "The attributes of a thing that are not its own business."
+    return {name: value for name, value in vars(thing).items() if not name.startswith('_')}
+
 def _kinds(thing):
     "What the attributes of a thing are, not what they hold."
-    public = {k: v for k, v in vars(thing).items() if not k.startswith('_')}
-    return {k: v if isinstance(v, (bool, int, str)) else type(v).__name__ for k, v in public.items()}
+    return {k: v if isinstance(v, (bool, int, str)) else type(v).__name__ for k, v in _public(thing).items()}
 
+# %% ../nbs/10_train.ipynb #f97de637
 def identity(
     model, method,  # network; its method, which may bring others
     image_shape,    # C, H, W
@@ -155,120 +170,29 @@ def identity(
     def ask(net):
         try: return answers(net, image_shape)
         except ValueError: return ''                          # it takes no images: a mapping of logits, say
+
     device = device_of(model)
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         return [ask(net) for net in [model, *method.children()]]
 
-# %% ../nbs/10_train.ipynb #ee912de3
-def check_terms(
-    terms,   # what the method returned
-    method,  # for the message
-):
-    "Refuse what is not a dict of named loss terms, each a single number."
-    name = type(method).__name__
-    cure = "return {'ce': loss}, say: a name for each term, and for each a tensor with one number, the mean over the images"
-    def came(thing):
-        if isinstance(thing, torch.Tensor): return f'a tensor of shape {list(thing.shape)}'
-        return repr(thing) if thing is None or isinstance(thing, dict) else type(thing).__name__
-    if not isinstance(terms, dict) or not terms:
-        raise ValueError(f"{name}.forward must return a dict of named loss terms, got {came(terms)}: {cure}")
-    for term, value in terms.items():
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise ValueError(f"the loss term {term!r} of {name} must be a tensor with one number, got {came(value)}: {cure}")
+# %% ../nbs/10_train.ipynb #706f588d
+def _go_on(path, parts, setup, said):
+    "The history so far, with the saved state put back into `parts`; empty where none was saved."
+    if not path.exists(): return []
+    state = load_state(path, parts, setup)
+    if not all(same_answers(then, now) for then, now in zip(state.get('answers', []), said())):
+        raise ValueError(f"{path} belongs to another run: with the same weights this network, or one that the method "
+                         "brings, answers otherwise than it did there. Was it built with another normalisation "
+                         "(mean, std), or another option that is no weight? Choose another folder, or delete this one")
+    return state['history']
 
-# %% ../nbs/10_train.ipynb #b61c01d0
+# %% ../nbs/10_train.ipynb #3c972e30
 OPTIMIZERS = {'sgd': partial(torch.optim.SGD, momentum=.9), 'adam': torch.optim.Adam}
-
-@torch.enable_grad()     # under a caller's no_grad it would train nothing, without a word
-@exact_float32()
-def fit(
-    model, method,       # network to train; what to minimise
-    data,                # images [N, C, H, W] in [0, 1], labels [N]; or a map-style data set of such pairs
-    epochs:int,          # passes over the data
-    batch_size=64,       # images per optimizer step, of all processes together
-    lr=.1,               # learning rate, at the start
-    weight_decay=1e-4,   # of every weight
-    schedule='step',     # step or cosine
-    lr_drops=None,       # of `lr_schedule`
-    seed=0,              # of order and augmentation
-    device='auto',       # of `pick_device`
-    precision='float32', # or bfloat16: forward passes under autocast, losses in float32
-    augment=None,        # (x, keys) -> x, such as `crop_flip`
-    test=None,           # images, labels on which accuracy is measured after every epoch, at most 1,000 of them
-    resume=None,         # file of the complete state: written after each epoch, read if it exists
-    watch=None,          # called with the history so far after each epoch
-    progress=True,       # text bar with ETA
-    curriculum=None,     # which images to see, such as `EasyData`
-    micro_batch=None,    # images per forward pass, where a batch does not fit; batch-norm then sees that many at a time
-    optimizer='sgd',     # sgd (momentum .9) or adam
-    lr_lag=0,            # of `lr_schedule`
-    processes=None,      # how many processes should run; None: as many as the environment says
-)->pd.DataFrame:         # a row per epoch: epoch, lr, each loss term, clean_accuracy, noisy_accuracy, seconds
-    "Train `model` in place."
-    epochs = check_samples(epochs, 'epochs')
-    batch_size = check_samples(batch_size, 'batch_size')
-    micro_batch = None if micro_batch is None else check_samples(micro_batch, 'micro_batch')
-    lr = check_number(lr, 'lr')
-    weight_decay = plain_number(weight_decay)
-    if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
-    if optimizer not in OPTIMIZERS: raise unknown('optimizer', optimizer, OPTIMIZERS)
-    _check_learner(model, method)
-    check_run(epochs, method, curriculum, schedule, lr_drops, lr_lag)
-    device = pick_device(device)
-    images, labels = _images_and_labels(data)
-    if test: test = _images_and_labels(test)
-
-    rank, world = join_processes(device, processes)
-    model.to(device, memory_format=torch.channels_last)
-    method.to(device, memory_format=torch.channels_last)
-    labels = labels.to(device)
-    if isinstance(images, torch.Tensor): images = images.to(device)                  # a stream stays where it is
-    with torch.no_grad(), frozen(model): check_labels(labels, len(images), check_model(model, images[:2].to(device)).shape[1])
-    opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay)
-    scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag)
-
-    parts, history = dict(model=model, method=method, optimizer=opt, scheduler=scheduler), []
-    if curriculum: parts['curriculum'] = curriculum
-    if resume:
-        resume = Path(resume).expanduser()
-        setup = dict(method=method, ramp=[method.strength_at(e) for e in range(epochs)], curriculum=curriculum, epochs=epochs,
-                     batch_size=batch_size, micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
-                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, order_seed=seed, device=device.type, precision=precision,
-                     augment=augment, shapes=str([list(p.shape) for p in model.parameters()]), data=fingerprint([images, labels]))
-        setup = {name: describe(value) for name, value in setup.items()}
-        if resume.exists():
-            state = load_state(resume, parts, setup)
-            history = state['history']
-            _check_identity(resume, state.get('answers', []), identity(model, method, images.shape[1:]))
-    if world > 1:                                                     # all start from the same weights
-        for t in model_tensors(model) + model_tensors(method): torch.distributed.broadcast(t.data, 0)
-
-    start, size = len(history), len(images)
-    how = (f"Every finished epoch is kept in {resume}: the same call goes on from there." if resume else
-           "Nothing was kept: with a file for `resume`, the same call goes on from the last finished epoch.")
-    bar = tqdm(total=epochs*size, initial=start*size, unit='img', unit_scale=True, mininterval=2, disable=not progress or rank > 0, desc='training')
-    with interruptible(how), bar:
-        for epoch in range(start, epochs):
-            started, rate = time.perf_counter(), scheduler.get_last_lr()[0]
-            weights = curriculum(model, (images, labels), epoch, augment, (rank, world)) if curriculum else None
-            shuffled = batches(images, labels, batch_size, seed, epoch, augment, weights, (rank, world))
-            sums = _epoch(model, method, opt, shuffled, precision, epoch, micro_batch or batch_size, bar)
-            scheduler.step()
-            row = dict(epoch=epoch, lr=rate, **{k: v / size for k, v in sums.items()})
-            if test:
-                few = [t[::-(-len(t) // 1000)] for t in test]
-                row |= dict(clean_accuracy=accuracy(model, *few), noisy_accuracy=accuracy(model, *few, sigma=method.sigma))
-            history.append(row | dict(seconds=time.perf_counter() - started))
-            bar.set_postfix({k: f'{v:.3f}' for k, v in row.items() if k not in ('epoch', 'lr')}, refresh=False)
-            if resume and rank == 0:
-                save_state(resume, parts, setup, history=history, answers=identity(model, method, images.shape[1:]))
-            if watch and rank == 0: watch(pd.DataFrame(history))
-    model.eval()
-    return pd.DataFrame(history)
 
 def _check_learner(model, method):
     "Refuse a network that cannot learn, and what is no method."
-    if not isinstance(model, torch.nn.Module): raise ValueError(f"fit trains a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"fit trains a torch.nn.Module, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no weights to train: none of its parameters requires a gradient "
                          "(model.requires_grad_(True) undoes a freeze)")
@@ -281,44 +205,171 @@ def _images_and_labels(data):
     if labels is None and isinstance(images, Items): return images, images.labels()
     return images, check_labels(labels, len(images))
 
-def _check_identity(path, before, now):
-    "Refuse to go on with another function than the one that was trained."
-    if all(same_answers(then, said) for then, said in zip(before, now)): return
-    raise ValueError(f"{path} belongs to another run: with the same weights this network, or one that the method brings, "
-                     "answers otherwise than it did there. Was it built with another normalisation (mean, std), or another option "
-                     "that is no weight? Choose another folder, or delete this one")
+# %% ../nbs/10_train.ipynb #ee912de3
+def check_terms(
+    terms,   # what the method returned
+    method,  # for the message
+):
+    "Refuse what is not a dict of named loss terms, each a single number."
+    name = type(method).__name__
+    cure = ("return {'ce': loss}, say: a name for each term, and for each a tensor with one number, "
+            "the mean over the images")
 
-def _epoch(model, method, opt, data, precision, epoch, micro_batch, bar):
-    "Train on the batches of one epoch; the sum of each loss term over its images."
-    sums, learnt = {}, False
+    def came(thing):
+        if isinstance(thing, torch.Tensor): return f'a tensor of shape {list(thing.shape)}'
+        return repr(thing) if thing is None or isinstance(thing, dict) else type(thing).__name__
+
+    if not isinstance(terms, dict) or not terms:
+        raise ValueError(f"{name}.forward must return a dict of named loss terms, got {came(terms)}: {cure}")
+    for term, value in terms.items():
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise ValueError(f"the loss term {term!r} of {name} must be a tensor with one number, "
+                             f"got {came(value)}: {cure}")
+
+# %% ../nbs/10_train.ipynb #b61c01d0
+def _epoch(
+    model, method, opt,  # network, what to minimise, optimizer
+    data,                # of `batches`
+    *,
+    epoch:int,           # from 0
+    precision:str,       # key of `PRECISIONS`
+    micro_batch:int,     # images per forward pass
+    bar,                 # progress, in images
+)->dict:                 # name of each loss term -> its sum over the images
+    "Train on the batches of one epoch."
+    sums = {}
+    learnt = False
     model.train()
     method.start_epoch(epoch)
     for x, y, index, size in data:
         opt.zero_grad()
         autocast = torch.autocast(x.device.type, PRECISIONS[precision], enabled=precision != 'float32')
-        for at in torch.arange(len(x)).split(micro_batch):
-            if not len(at): continue                                  # a process without a share of the last batch
-            chosen = slice(at[0], at[-1] + 1)
-            with autocast: terms = method(model, x[chosen], y[chosen], index[chosen])
+        for start in range(0, len(x), micro_batch):         # no piece, where a process has no share of the last batch
+            piece = slice(start, start + micro_batch)
+            images = len(y[piece])
+            with autocast: terms = method(model, x[piece], y[piece], index[piece])
             check_terms(terms, method)
-            loss = sum(terms.values()) * (len(at) / size)
+            loss = sum(terms.values()) * (images / size)
             if loss.requires_grad: loss.backward()
-            for name, term in terms.items(): sums[name] = sums.get(name, 0) + term.detach() * len(at)
+            for name, term in terms.items(): sums[name] = sums.get(name, 0) + term.detach() * images
         if share_gradients(model.parameters()):
             opt.step()
             learnt = True
         with autocast: method.after_step(model, x, y, index)
         bar.update(size)
     sums = {name: float(total(value)) for name, value in sums.items()}
-    for buffer in model.buffers():                                    # batch-norm statistics: the mean of what the processes saw
-        if buffer.is_floating_point() and torch.distributed.is_available() and torch.distributed.is_initialized():
-            total(buffer).div_(torch.distributed.get_world_size())
+    share_statistics(model)
+    _check_epoch(sums, learnt, epoch, type(method).__name__)
+    return sums
+
+# %% ../nbs/10_train.ipynb #0299dc5f
+def _check_epoch(sums, learnt, epoch, method):
+    "Stop at a loss that is no number; warn of an epoch without a gradient."
     bad = [name for name, value in sums.items() if not math.isfinite(value)]
-    if bad: raise FloatingPointError(f"the loss term {' and '.join(bad)} is not finite in epoch {epoch}: lower lr, or look at the method's own weights")
+    if bad:
+        raise FloatingPointError(f"the loss term {' and '.join(bad)} is not finite in epoch {epoch}: "
+                                 "lower lr, or look at the method's own weights")
     if not learnt:
         warnings.warn(f"nothing was learnt in epoch {epoch}: no loss term depended on the weights. "
-                      f"Are logits detached, or turned into numbers, in {type(method).__name__}.forward?")
-    return sums
+                      f"Are logits detached, or turned into numbers, in {method}.forward?")
+
+# %% ../nbs/10_train.ipynb #7ea04af2
+@torch.enable_grad()     # under a caller's no_grad it would train nothing, without a word
+@exact_float32()
+def fit(
+    model, method,       # network to train; what to minimise
+    data,                # images [N, C, H, W] in [0, 1], labels [N]; or a map-style data set of such pairs
+    epochs:int,          # passes over the data
+    *,
+    batch_size=64,       # images per optimizer step, of all processes together
+    lr=.1,               # learning rate, at the start
+    weight_decay=1e-4,   # of every weight
+    schedule='step',     # step or cosine
+    lr_drops=None,       # of `lr_schedule`
+    lr_lag=0,            # of `lr_schedule`
+    optimizer='sgd',     # sgd (momentum .9) or adam
+    precision='float32', # or bfloat16: forward passes under autocast, losses in float32
+    micro_batch=None,    # images per forward pass, where a batch does not fit; batch-norm then sees that many at a time
+    augment=None,        # (x, keys) -> x, such as `crop_flip`
+    curriculum=None,     # which images to see, such as `EasyData`
+    seed=0,              # of order and augmentation
+    device='auto',       # of `pick_device`
+    processes=None,      # how many processes should run; None: as many as the environment says
+    test=None,           # images, labels on which accuracy is measured after every epoch, at most 1,000 of them
+    resume=None,         # file of the complete state: written after each epoch, read if it exists
+    watch=None,          # called with the history so far after each epoch
+    progress=True,       # text bar with ETA
+)->pd.DataFrame:         # a row per epoch: epoch, lr, each loss term, clean_accuracy, noisy_accuracy, seconds
+    "Train `model` in place."
+    epochs = check_samples(epochs, 'epochs')
+    batch_size = check_samples(batch_size, 'batch_size')
+    micro_batch = None if micro_batch is None else check_samples(micro_batch, 'micro_batch')
+    lr = check_number(lr, 'lr')
+    weight_decay = plain_number(weight_decay)
+    if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
+    if optimizer not in OPTIMIZERS: raise unknown('optimizer', optimizer, OPTIMIZERS)
+    _check_learner(model, method)
+    check_run(epochs, method, curriculum, schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag)
+    device = pick_device(device)
+    images, labels = _images_and_labels(data)
+    if test: test = _images_and_labels(test)
+
+    world = join_processes(device, processes)
+    model.to(device, memory_format=torch.channels_last)
+    method.to(device, memory_format=torch.channels_last)
+    labels = labels.to(device)
+    if isinstance(images, torch.Tensor): images = images.to(device)                  # a stream stays where it is
+    with torch.no_grad(), frozen(model): logits = check_model(model, images[:2].to(device))
+    check_labels(labels, len(images), logits.shape[1])
+    opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay)
+    scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag)
+
+    parts = dict(model=model, method=method, optimizer=opt, scheduler=scheduler)
+    if curriculum: parts['curriculum'] = curriculum
+    said = partial(identity, model, method, images.shape[1:])
+    history = []
+    how = "Nothing was kept: with a file for `resume`, the same call goes on from the last finished epoch."
+    if resume:
+        resume = Path(resume).expanduser()
+        how = f"Every finished epoch is kept in {resume}: the same call goes on from there."
+        ramp = [method.strength_at(epoch) for epoch in range(epochs)]
+        shapes = str([list(p.shape) for p in model.parameters()])
+        setup = dict(method=method, ramp=ramp, curriculum=curriculum, epochs=epochs, batch_size=batch_size,
+                     micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
+                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, order_seed=seed, device=device.type,
+                     precision=precision, augment=augment, shapes=shapes, data=fingerprint([images, labels]))
+        setup = {name: describe(value) for name, value in setup.items()}
+        history = _go_on(resume, parts, setup, said)
+    share_weights([*model_tensors(model), *model_tensors(method)])
+
+    size = len(images)
+    first = world.rank == 0
+    bar = tqdm(total=epochs*size, initial=len(history)*size, unit='img', unit_scale=True, mininterval=2,
+               disable=not (progress and first), desc='training')
+    with interruptible(how), bar:
+        for epoch in range(len(history), epochs):
+            started = time.perf_counter()
+            row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
+            weights = curriculum(model, (images, labels), epoch, augment, world) if curriculum else None
+            shuffled = batches(images, labels, batch_size, seed, epoch, augment, weights, world)
+            sums = _epoch(model, method, opt, shuffled, epoch=epoch, precision=precision,
+                          micro_batch=micro_batch or batch_size, bar=bar)
+            scheduler.step()
+            row |= {name: value / size for name, value in sums.items()}
+            if test: row |= _measured(model, method.sigma, *test)
+            bar.set_postfix({k: f'{v:.3f}' for k, v in row.items() if k not in ('epoch', 'lr')}, refresh=False)
+            history.append(row | dict(seconds=time.perf_counter() - started))
+            if resume and first: save_state(resume, parts, setup, history=history, answers=said())
+            if watch and first: watch(pd.DataFrame(history))
+    model.eval()
+    return pd.DataFrame(history)
+
+# %% ../nbs/10_train.ipynb #55007e2f
+def _measured(model, sigma, images, labels):
+    "Accuracy on at most 1,000 of the images, spread over all."
+    few = slice(None, None, -(-len(labels) // 1000))
+    return dict(clean_accuracy=accuracy(model, images[few], labels[few]),
+                noisy_accuracy=accuracy(model, images[few], labels[few], sigma=sigma))
 
 # %% ../nbs/10_train.ipynb #b23edfad
 document(__name__)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import beta, norm
 
-from rs_toolkit.explore.acr import ACRExplorer, shipped_runs
+from rs_toolkit.explore.acr import ACRExplorer, folders_of_runs
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
 FIRST, SECOND = 'ACR paper (digits, equal epochs)', 'SmoothAdv (digits, equal epochs)'
@@ -109,7 +109,7 @@ def test_runs_over_other_images_are_refused(second):
     check_acr(e)
 
 def test_every_run_opens():
-    runs = shipped_runs()
+    runs = folders_of_runs()
     assert len(runs) == len(set(runs.values())) == 26
     e = ACRExplorer()
     for names in [[n for n in runs if group in n] for group in ('equal cost', 'σ = 0.25', 'JPEG')]:

@@ -9,51 +9,68 @@ import yaml
 from papermill.translators import PythonTranslator
 
 from rs_toolkit.attacks import ATTACKS
+from rs_toolkit.recipe import CHECKS, Task, choose_parts, find_teacher
+from rs_toolkit.run import parameters
 from rs_toolkit.train import check_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT/'recipes').rglob('*.yaml'))
 PUBLISHED = [p for p in RECIPES if p.parent.name != 'digits']        # digits: our own settings, for a laptop
-MUST = {'dataset', 'arch', 'method', 'num_noise', 'sigma', 'epochs', 'batch_size', 'optimizer', 'lr', 'weight_decay', 'schedule', 'lr_drops', 'augment',
-        'normalization', 'precision', 'n0', 'n', 'alpha', 'every', 'out'}
+DIGITS = [p for p in RECIPES if p.parent.name == 'digits']
+MUST = {'dataset', 'arch', 'method', 'num_noise', 'sigma', 'epochs', 'batch_size', 'optimizer', 'lr', 'weight_decay',
+        'schedule', 'lr_drops', 'augment', 'normalization', 'precision', 'n0', 'n', 'alpha', 'every', 'out'}
+STAND_IN = dict(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
+
+def announced_by(book):
+    "The cell of a run notebook that announces its parameters."
+    found = nbformat.read(ROOT/'nbs'/f'{book}.ipynb', 4).cells
+    [cell] = [cell.source for cell in found if 'parameters' in cell.metadata.get('tags', [])]
+    return cell
+
+PARAMETERS = announced_by('train')
+ANNOUNCED = [line.split(':')[0] for line in PARAMETERS.splitlines()]
+
+def asked(given):
+    "The configuration of a run that papermill gives these values."
+    cells = ['', PARAMETERS, PythonTranslator.codify(given, 'Parameters')]
+    space = {}
+    for source in cells: exec(source, space)
+    return parameters(cells, space, CHECKS)
+
+def prepare(given):
+    "What train.ipynb does before the run has a folder: parts, images, teacher."
+    config = asked(given)
+    parts = choose_parts(config)
+    task = Task(config['dataset'], augment=config['augment'], normalization=config['normalization'])
+    task.network(config['arch'], config['arch_args'])
+    return find_teacher(config, parts, task)
 
 def name(path): return f'{path.parent.name}/{path.stem}'
 def read(path): return yaml.safe_load(path.read_text())
 def mappings(recipe): return [v for v in recipe.values() if isinstance(v, dict)]
 
-@pytest.fixture(scope='module')
-def cells():
-    "The cells of train.ipynb that ask for no data: all code above the heading '## Data'. The first one announces the parameters."
-    found = nbformat.read(ROOT/'nbs/train.ipynb', 4).cells
-    end = next(i for i, c in enumerate(found) if c.cell_type == 'markdown' and c.source.startswith('## Data'))
-    found = [c for c in found[:end] if c.cell_type == 'code']
-    assert 'parameters' in found[0].metadata.tags and all('parameters' not in c.metadata.get('tags', []) for c in found[1:])
-    return [c.source for c in found]
-
-def run(cells, given):
-    "What those cells leave behind when papermill puts `given` after the first."
-    space = dict(In=[''])
-    for source in [cells[0], PythonTranslator.codify(given, 'Parameters'), *cells[1:]]:
-        space['In'].append(source)
-        exec(source, space)
-    return space
-
-def announced(cells): return [line.split(':')[0] for line in cells[0].splitlines()]
-
 @pytest.mark.parametrize('path', RECIPES, ids=name)
-def test_a_recipe_is_read_as_it_is_written(path, cells):
+def test_a_recipe_is_read_as_it_is_written(path):
     recipe = read(path)
-    assert path.read_text().startswith('# ') and path.parent.name == recipe['dataset'] and path.stem.endswith(f"_{recipe['sigma']}")
-    assert not set(recipe) - set(announced(cells)), 'a key that nothing reads'
+    assert path.read_text().startswith('# ')
+    assert path.parent.name == recipe['dataset']
+    assert path.stem.endswith(f"_{recipe['sigma']}")
+    assert set(recipe) <= set(ANNOUNCED), 'a key that nothing reads'
     for value in [*recipe.values(), *(v for part in mappings(recipe) for v in part.values())]:
-        assert value is not None and not (isinstance(value, str) and value[:1].isdigit()), f'{value!r}: YAML takes 1e-4 for a string; write 0.0001'
+        assert value is not None
+        number = isinstance(value, str) and value[:1].isdigit()
+        assert not number, f'{value!r}: YAML takes 1e-4 for a string; write 0.0001'
 
 @pytest.mark.parametrize('path', PUBLISHED, ids=name)
-def test_a_published_recipe_is_whole(path, cells):
-    recipe, comment = read(path), [l for l in path.read_text().splitlines() if l.startswith('#')]
-    assert 1 <= len(comment) <= 3 and all(len(l) <= 160 for l in comment)
-    assert not MUST - set(recipe) and [k for k in announced(cells) if k in recipe] == list(recipe), 'in the order of train.ipynb'
-    assert recipe['out'] == f"runs/{recipe['dataset']}-{path.stem.rpartition('_')[0]}-{recipe['sigma']}", 'no two recipes share a folder'
+def test_a_published_recipe_is_whole(path):
+    recipe = read(path)
+    comment = [line for line in path.read_text().splitlines() if line.startswith('#')]
+    assert 1 <= len(comment) <= 3
+    assert max(map(len, comment)) <= 160
+    assert MUST <= set(recipe)
+    assert [key for key in ANNOUNCED if key in recipe] == list(recipe), 'in the order of train.ipynb'
+    folder = f"runs/{recipe['dataset']}-{path.stem.rpartition('_')[0]}-{recipe['sigma']}"
+    assert recipe['out'] == folder, 'no two recipes share a folder'
 
 def ramp(given, epoch, epochs):
     "What the names in a recipe promise, written anew; a number below 1 is a part of the run."
@@ -63,62 +80,68 @@ def ramp(given, epoch, epochs):
     return 2*strength if epoch >= at.get('double_from', 10**9) else strength
 
 @pytest.mark.parametrize('path', RECIPES, ids=name)
-def test_train_builds_what_the_recipe_says(path, cells):
+def test_train_builds_what_the_recipe_says(path):
     recipe = read(path)
-    space = run(cells, recipe)
-    assert {k: space['config'][k] for k in recipe} == recipe                                   # converted: 1 is 1.0, nothing else
-    method = space['parts'].objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
-    assert type(method).__name__.lower() == recipe['method'] and (method.sigma, method.num_noise) == (recipe['sigma'], recipe['num_noise'])
+    config = asked(recipe)
+    assert {k: config[k] for k in recipe} == recipe                    # converted: 1 is 1.0, nothing else
+    parts = choose_parts(config)
+    method = parts.objective(**STAND_IN)
+    assert type(method).__name__.lower() == recipe['method']
+    assert (method.sigma, method.num_noise) == (recipe['sigma'], recipe['num_noise'])
     args = dict(recipe.get('method_args', {}))
     if recipe['method'] == 'sodm':
-        assert (type(method.mapping).__name__.lower(), method.optimizer.defaults['lr']) == (args.pop('mapping', 'temperature'), args.pop('mapping_lr', .001))
+        assert type(method.mapping).__name__.lower() == args.pop('mapping', 'temperature')
+        assert method.optimizer.defaults['lr'] == args.pop('mapping_lr', .001)
     assert {k: getattr(method, k) for k in args} == args
     assert (method.attack is None) == ('attack' not in recipe)
-    if method.attack: assert method.attack.func is ATTACKS[recipe['attack']] and method.attack.keywords == recipe['attack_args']
-    choice = space['parts'].choice()
-    check_run(recipe['epochs'], method, choice, *(recipe.get(k) for k in ('schedule', 'lr_drops')))
+    if method.attack:
+        assert method.attack.func is ATTACKS[recipe['attack']]
+        assert method.attack.keywords == recipe['attack_args']
+    choice = parts.choice()
+    check_run(recipe['epochs'], method, choice, schedule=recipe.get('schedule'), lr_drops=recipe.get('lr_drops'))
     for epoch in range(0, recipe['epochs'], 5):
         method.start_epoch(epoch)
-        assert method.strength == pytest.approx(ramp(recipe.get('ramp', {}), epoch, recipe['epochs']))
+        promised = ramp(recipe.get('ramp', {}), epoch, recipe['epochs'])
+        assert method.strength == pytest.approx(promised), f'in epoch {epoch}'
     assert (choice is None) == ('curriculum' not in recipe)
-    if choice: assert choice.sigma == recipe['sigma'] and {k: getattr(choice, k) for k in recipe['curriculum_args']} == recipe['curriculum_args']
-    assert space['parts'].learns == ('teacher' in recipe or recipe['method'] == 'catrs')
+    if choice:
+        assert choice.sigma == recipe['sigma']
+        assert {k: getattr(choice, k) for k in recipe['curriculum_args']} == recipe['curriculum_args']
+    assert parts.learns == ('teacher' in recipe or recipe['method'] == 'catrs')
 
-TIMED = [('cifar10/acr_0.25', 'switch_on=60'), ('cifar10/smoothadv_0.25', 'warm_up=10'), ('cifar10/macer_1.0', 'defer=50'),
-         ('cifar10/sodm_0.25', 'boost_from=35'), ('cifar10/gaussian_0.25', 'lr_drops=50'), ('imagenet/catrs_1.0', 'double_from=80')]
+TIMED = [('cifar10/acr_0.25', 'switch_on=60'), ('cifar10/smoothadv_0.25', 'warm_up=10'),
+         ('cifar10/macer_1.0', 'defer=50'), ('cifar10/sodm_0.25', 'boost_from=35'),
+         ('cifar10/gaussian_0.25', 'lr_drops=50'), ('imagenet/catrs_1.0', 'double_from=80')]
 
 @pytest.mark.parametrize('recipe, part', TIMED)
-def test_a_published_recipe_that_is_cut_short_says_so(recipe, part, cells):
+def test_a_published_recipe_that_is_cut_short_says_so(recipe, part):
     "Of a method, its attack, its curriculum or its rate."
-    given = read(ROOT/'recipes'/f'{recipe}.yaml')
-    short = 5
-    space = run(cells, given)
-    method = space['parts'].objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
-    with pytest.raises(ValueError, match=f'{part} is never reached in a run of {short} epochs.*a part of the run'):
-        check_run(short, method, space['parts'].choice(), given['schedule'], given['lr_drops'])
+    short = asked(read(ROOT/'recipes'/f'{recipe}.yaml') | dict(epochs=5))
+    with pytest.raises(ValueError, match=f'{part} is never reached in a run of 5 epochs.*a part of the run'):
+        choose_parts(short)
 
-@pytest.mark.parametrize('path', [p for p in RECIPES if p.parent.name == 'digits'], ids=name)
+@pytest.mark.parametrize('path', DIGITS, ids=name)
 @pytest.mark.parametrize('epochs', [2, 20, 50])
-def test_a_shortened_recipe_for_digits_is_a_shortened_recipe(path, epochs, cells):
+def test_a_shortened_recipe_for_digits_is_a_shortened_recipe(path, epochs):
     recipe = read(path)
-    space = run(cells, recipe | dict(epochs=epochs))
-    method = space['parts'].objective(teacher=torch.nn.Identity(), predictions=torch.ones(1, 2, dtype=torch.long), num_classes=2)
-    check_run(epochs, method, space['parts'].choice(), recipe['schedule'])
+    method = choose_parts(asked(recipe | dict(epochs=epochs))).objective(**STAND_IN)
+    method.start_run(epochs)
     strengths = [method.strength_at(epoch) for epoch in range(epochs)]
-    assert max(strengths) == 1 and strengths.count(0) == (int(.4*epochs) if 'switch_on' in recipe.get('ramp', {}) else 0)
+    assert max(strengths) == 1
+    assert strengths.count(0) == (int(.4*epochs) if 'switch_on' in recipe.get('ramp', {}) else 0)
 
 @pytest.mark.parametrize('change', re.findall("-y '(.*?)'`", (ROOT/'recipes/README.md').read_text()))
-def test_the_acr_recipe_can_lose_a_part_as_its_readme_says(change, cells):
-    space = run(cells, read(ROOT/'recipes/cifar10/acr_0.25.yaml') | yaml.safe_load(change))
-    choice = space['parts'].choice()
-    kept = bool(space['parts'].mover), bool(choice and choice.threshold), bool(choice and choice.reweigh)
+def test_the_acr_recipe_can_lose_a_part_as_its_readme_says(change):
+    parts = choose_parts(asked(read(ROOT/'recipes/cifar10/acr_0.25.yaml') | yaml.safe_load(change)))
+    choice = parts.choice()
+    kept = bool(parts.mover), bool(choice and choice.threshold), bool(choice and choice.reweigh)
     assert False in kept and True in kept
 
 @pytest.mark.parametrize('recipe, change, says', [
     ('gaussian_0.5', dict(num_nose=2), "unknown parameter 'num_nose': did you mean 'num_noise'"),
     ('gaussian_0.5', dict(method='gausian'), "unknown method 'gausian': did you mean 'gaussian'"),
     ('macer_0.5', dict(method_args=dict(lbda=4.)), "unknown argument of method macer 'lbda': did you mean 'lbd'"),
-    ('macer_0.5', dict(method='consistency'), "unknown argument of method consistency 'gamma'"),                   # parameters of another method
+    ('macer_0.5', dict(method='consistency'), "unknown argument of method consistency 'gamma'"),  # of another method
     ('macer_0.5', dict(method_args=dict(lbd='four')), 'lbd'),
     ('consistency_0.5', dict(num_noise=1), 'num_noise'),
     ('consistency_0.5', dict(method_args=dict(form='kl+entropie')), "did you mean 'kl+entropy'"),
@@ -126,20 +149,71 @@ def test_the_acr_recipe_can_lose_a_part_as_its_readme_says(change, cells):
     ('sodm_0.5', dict(method_args=dict(mapping='temprature')), "did you mean 'temperature'"),
     ('sodm_0.5', dict(optimizer='sdg'), "unknown optimizer 'sdg': did you mean 'sgd'"),
     ('smoothadv_0.5', dict(attack='smooth_pgd'), "unknown attack 'smooth_pgd': did you mean 'smoothed_pgd'"),
-    ('smoothadv_0.5', dict(attack_args=dict(eps=1., step=10)), "unknown argument of attack smoothed_pgd 'step': did you mean 'steps'"),
+    ('smoothadv_0.5', dict(attack_args=dict(eps=1., step=10)),
+     "unknown argument of attack smoothed_pgd 'step': did you mean 'steps'"),
     ('smoothadv_0.5', dict(attack='none'), 'but no attack'),
     ('smoothadv_0.5', dict(attack_args=dict(eps=-1., steps=10)), 'eps'),
     ('smoothadv_0.5', dict(ramp=dict(warmup=10)), "unknown ramp 'warmup': did you mean 'warm_up'"),
     ('acr_0.5', dict(curriculum='easydata'), "unknown curriculum 'easydata': did you mean 'easy_data'"),
     ('acr_0.5', dict(curriculum='none'), 'but no curriculum'),
-    ('acr_0.5', dict(curriculum_args=dict(start=70, treshold=.4)), "unknown argument of curriculum easy_data 'treshold': did you mean 'threshold'"),
+    ('acr_0.5', dict(curriculum_args=dict(start=70, treshold=.4)),
+     "unknown argument of curriculum easy_data 'treshold': did you mean 'threshold'"),
     ('acr_0.5', dict(curriculum_args=dict(start=70, threshold=40)), 'threshold'),
-    ('gaussian4_0.5', dict(teacher='runs/cifar10-smoothmix-0.5'), "method gaussian learns from no teacher, got 'runs/cifar10-smoothmix-0.5'"),
+    ('gaussian4_0.5', dict(teacher='runs/cifar10-smoothmix-0.5'),
+     "method gaussian learns from no teacher, got 'runs/cifar10-smoothmix-0.5'"),
 ])
-def test_a_mistake_in_a_recipe_is_named_before_any_data_is_read(cells, recipe, change, says):
+def test_a_mistake_in_a_recipe_is_named_before_any_data_is_read(recipe, change, says):
     given = read(ROOT/'recipes/cifar10'/f'{recipe}.yaml')
-    with pytest.raises(ValueError) as e: run(cells, given | change)
+    with pytest.raises(ValueError) as e: choose_parts(asked(given | change))
     assert says in str(e.value)
+
+@pytest.mark.parametrize('given, says', [
+    (dict(method='crt', method_args=dict(mach='softmax')),
+     "unknown argument of method crt 'mach': did you mean 'match'?"),
+    (dict(method='crt', method_args=dict(match='sofmax')), "unknown space to match 'sofmax': did you mean 'softmax'?"),
+    (dict(attack='sfere', attack_args=dict(steps=2)), "unknown attack 'sfere': did you mean 'sphere'?"),
+    (dict(attack='sphere', attack_args=dict(steps=0)), 'steps must be a whole number of at least 1'),
+    (dict(curriculum='easy'), "unknown curriculum 'easy': did you mean 'easy_data'?"),
+    (dict(method='macer', method_args=dict(eps=1.)), "unknown argument of method macer 'eps'"),
+    (dict(method='smoothmix', attack='sphere'), 'brings an attack of its own'),
+    (dict(teacher='small_cnn'), 'method gaussian learns from no teacher'),
+    (dict(method='crt', teacher='nowhere'), 'no checkpoint at'),
+    (dict(arch='resnet19'), "unknown model 'resnet19'"),
+    (dict(arch_args=dict(depth=3)), "unknown argument of model small_cnn 'depth'"),
+    (dict(dataset='folder:/nowhere'), 'has no train and no test'),
+    (dict(epochs='many'), "parameter epochs must be of type int, got 'many'"),
+    (dict(sigma=-1), 'sigma must be a positive number'),
+    (dict(alpha=5), 'alpha is the chance that a certificate is wrong'),
+    (dict(every=0), 'every must be a whole number of at least 1'),
+    (dict(lr=-1), 'lr must be a number of at least 0'),
+    (dict(schedule='cosin'), "did you mean 'cosine'?"),
+    (dict(augment='crop'), "unknown augmentation 'crop'"),
+    (dict(epochs=20, attack='sphere', ramp=dict(switch_on=40)), 'switch_on=40 is never reached in a run of 20 epochs'),
+    (dict(epochs=20, curriculum='easy_data', curriculum_args=dict(start=40)),
+     'start=40 is never reached in a run of 20 epochs'),
+    (dict(epochs=20, lr_drops=[10, 30]), 'is never reached in a run of 20 epochs'),
+])
+def test_a_mistake_is_told_before_the_run_has_a_folder(given, says):
+    with pytest.raises((ValueError, FileNotFoundError)) as e: prepare(given)
+    assert says in str(e.value)
+
+def test_a_run_that_asks_for_nothing_is_ready():
+    assert prepare({}) is None
+
+@pytest.mark.parametrize('given, sigma, arch', [
+    (dict(method='crt', sigma=.5), .5, 'small_cnn'),
+    (dict(method='crt', teacher='mlp'), .25, 'mlp'),
+    (dict(method='catrs', num_noise=2, sigma=.5), .25, 'small_cnn')])
+def test_a_teacher_that_is_trained_first(given, sigma, arch):
+    "CRT's has the noise of its student; that of CAT-RS has little noise, always."
+    teacher = prepare(given)
+    assert (teacher.sigma, teacher.arch, teacher.net) == (sigma, arch, None)
+
+def test_a_teacher_that_is_opened_must_agree():
+    teacher = 'data/digits-methods/equal_epochs/smoothmix'
+    assert prepare(dict(method='crt', sigma=.5, teacher=teacher)).net.metadata['method'] == 'smoothmix'
+    with pytest.raises(ValueError, match='teacher and student must agree: sigma is 0.5'):
+        prepare(dict(method='crt', sigma=.25, teacher=teacher))
 
 # --- the published numbers, typed from the papers: a change of a recipe that leaves its setting fails here ---
 
@@ -276,7 +350,11 @@ SETTING = """
 ROWS = [line.split() for line in SETTING.strip().splitlines()[1:]]
 
 def kind(path): return f"{path.parent.name}/{path.stem.rpartition('_')[0]}"
-def at(recipe, key): return at(recipe[key.partition('.')[0]], key.partition('.')[2]) if '.' in key else recipe[key]
+
+def at(recipe, key):
+    "The value at a key, such as method_args.lbd."
+    for name in key.split('.'): recipe = recipe[name]
+    return recipe
 
 @pytest.mark.parametrize('path', PUBLISHED, ids=name)
 def test_a_recipe_holds_the_published_numbers(path):
@@ -286,17 +364,22 @@ def test_a_recipe_holds_the_published_numbers(path):
     for _, key, *values in rows:
         value = values[[.25, .5, 1.].index(recipe['sigma'])]
         assert at(recipe, key) == yaml.safe_load(value), key
-    found = *(recipe[k] for k in ('arch', 'epochs', 'lr', 'lr_drops', 'weight_decay')), recipe['batch_size']*recipe['num_noise']
-    assert found == SCHEDULE.get(kind(path), SCHEDULE[path.parent.name])
-    certified = 100, 100_000, .001, 100 if path.parent.name == 'imagenet' else 1, 'float32'
-    assert tuple(recipe[k] for k in ('n0', 'n', 'alpha', 'every', 'precision')) == certified
+    schedule = [recipe[key] for key in ('arch', 'epochs', 'lr', 'lr_drops', 'weight_decay')]
+    noisy_images = recipe['batch_size'] * recipe['num_noise']
+    assert (*schedule, noisy_images) == SCHEDULE.get(kind(path), SCHEDULE[path.parent.name])
+    certified = [recipe[key] for key in ('n0', 'n', 'alpha', 'every', 'precision')]
+    assert certified == [100, 100_000, .001, 100 if path.parent.name == 'imagenet' else 1, 'float32']
 
 def test_every_published_setting_has_its_recipe():
-    assert {f'{row[0]}_{s}' for row in ROWS for s, v in zip(['0.25', '0.5', '1.0'], row[2:]) if v != '-'} == {name(p) for p in PUBLISHED}
+    settings = set()
+    for recipe, _, *values in ROWS:
+        settings |= {f'{recipe}_{sigma}' for sigma, value in zip(['0.25', '0.5', '1.0'], values) if value != '-'}
+    assert settings == {name(p) for p in PUBLISHED}
 
 def test_a_teacher_is_another_recipe_at_the_same_noise():
     runs = {read(p)['out']: read(p) for p in PUBLISHED}
-    for recipe in runs.values():
-        if recipe['method'] != 'crt': continue
-        teacher = runs[recipe['teacher']]
-        assert (teacher['dataset'], teacher['sigma'], teacher['normalization']) == (recipe['dataset'], recipe['sigma'], recipe['normalization'])
+    students = [recipe for recipe in runs.values() if recipe['method'] == 'crt']
+    assert students
+    for student in students:
+        teacher = runs[student['teacher']]
+        for key in 'dataset', 'sigma', 'normalization': assert teacher[key] == student[key], (student['out'], key)
