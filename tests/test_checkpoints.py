@@ -295,7 +295,8 @@ def tarred(path):
 
 @pytest.mark.parametrize('write, says', [
     (text(b'\n<!DOCTYPE html>\n<html><head><title>Sign in'), 'is a web page'),
-    (text(b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'), 'is a git-lfs pointer, not the file itself: run `git lfs pull`'),
+    (text(b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'),
+     'is a git-lfs pointer, not the file itself: run `git lfs pull`'),
     (text(b''), 'is empty'),
     (text(b'404: Not Found'), "is text, not a checkpoint; it begins with '404: Not Found'"),
     (text(gzip.compress(b'x'*100)), 'is compressed by gzip: unpack it'),
