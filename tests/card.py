@@ -96,7 +96,8 @@ def generator(device='cpu'):
 def card(count=1, current=0):
     "Within the block this machine has `count` cards; tensors can be put on the first."
     cuda = dict(is_available=lambda: True, is_initialized=lambda: False, _lazy_init=lambda: None,
-                device_count=lambda: count, current_device=lambda: current, get_device_name=lambda device=None: 'Stand-in',
+                device_count=lambda: count, current_device=lambda: current,
+                get_device_name=lambda device=None: 'Stand-in',
                 set_device=mock.Mock(side_effect=_indexed), set_rng_state=mock.Mock(),
                 get_rng_state=lambda device=None: torch.full((16,), 7, dtype=torch.uint8))
     stream = SimpleNamespace(is_capturing=lambda: False)
