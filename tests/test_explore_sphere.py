@@ -27,7 +27,7 @@ def attacked(model, images, labels, at, sigma, eps, steps, norm):
     "24 noises of an image before and after, and the confidence in its label, by the attack itself."
     x, y = images[[at]], labels[[at]]
     noise = gaussian_noise(x, sigma, 24, image_keys(0, 0, torch.tensor([at]), CRAFTING))
-    moved = sphere_attack(model, x, y, noise, eps, steps, norm) if steps else noise
+    moved = sphere_attack(model, x, y, noise, eps=eps, steps=steps, norm=norm) if steps else noise
     with torch.no_grad(): p = [model(x + v[:, 0]).softmax(1) for v in (noise, moved)]
     return x + noise[:, 0], x + moved[:, 0], *(v[:, y[0]] for v in p), *(v.argmax(1) == y for v in p)
 

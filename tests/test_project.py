@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from forked import execute, forked
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 BOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -40,7 +42,8 @@ def is_parameters(cell): return 'parameters' in cell.metadata.get('tags', [])
 
 @each_library_book
 def test_notebook_runs(path):
-    run(BIN/'nbdev_test', '--path', path, '--n_workers', 0)
+    code, said = forked(execute, path)
+    assert code == 0, said[-4000:]
 
 def test_package_and_notebooks_are_in_sync_and_clean(tmp_path):
     copy = tmp_path/'copy'

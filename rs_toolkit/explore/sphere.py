@@ -25,7 +25,7 @@ from .. import checkpoint
 from ..catalogue import METHODS
 from ..common import data_folder, document
 from ..data import CRAFTING, image_keys, load
-from .core import BLUE, GREY, ORANGE, SHADE, Explorer, add_traces, circles, dots, line, middles, text
+from .core import BLUE, GREY, ORANGE, SHADE, Explorer, add_traces, circles, dots, line, text
 from .sphere_path import Walk, path_gradients, walk
 from .toy import PROBLEMS, centres, lead, logits_grid, region, train_toy
 from ..gradients import gradient_table
