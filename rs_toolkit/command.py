@@ -49,6 +49,7 @@ def _recipe(name):
                                f"nor among those of the package in {package_folder()/'recipes'}")
     return path.read_text(encoding='utf-8')
 
+# %% ../nbs/17_command.ipynb #5c1e70ab
 def asked(
     known:dict,   # of `announced`
     recipes=(),   # files, as -f names them
@@ -111,6 +112,9 @@ def _shipped():
     plain = [name for name in names if not any(part.startswith('.') for part in name.parts)]
     return {name.as_posix(): (home/name).read_bytes() for name in plain}
 
+def _digest(content): return sha256(content).hexdigest()
+
+# %% ../nbs/17_command.ipynb #5c1e70ad
 def put(
     folder:Path,  # it is made if need be
 )->dict:          # new, renewed, kept: paths below the folder
@@ -119,8 +123,9 @@ def put(
     noted = json.loads(note.read_text()) if note.exists() else {}
     told = dict(new=[], renewed=[], kept=[])
     for name, content in _shipped().items():
-        place, ours = folder/name, sha256(content).hexdigest()
-        theirs = sha256(place.read_bytes()).hexdigest() if place.exists() else None
+        place = folder/name
+        ours = _digest(content)
+        theirs = _digest(place.read_bytes()) if place.exists() else None
         if theirs not in (None, ours, noted.get(name)):
             told['kept'].append(name)
             continue
