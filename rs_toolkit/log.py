@@ -82,12 +82,12 @@ def _without_footer(path, text, header, rows):
     above = rows[-2] if len(rows) > 1 else None
     ended = text.endswith(('\n', '\r')) or rest
     if not ended and not _is_whole(rows[-1], above, header):
-        warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][place]} is left out")
+        warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][place]} is left out", stacklevel=2)
         return rows[:-1]
     if not rest and above and len(rows[-1]) != len(header): rest = [rows.pop()]
     if rest:
         words = ' '.join(rest[0])[:80]
-        warn(f"{path} goes on after its last row, with {words!r}: left out, as it is no row")
+        warn(f"{path} goes on after its last row, with {words!r}: left out, as it is no row", stacklevel=2)
     return rows
 
 def _is_whole(row, above, header):
@@ -114,7 +114,7 @@ def _once(path, header, rows):
     if twice:
         more = ' ...' if len(twice) > 3 else ''
         warn(f"{path} has idx {', '.join(twice[:3])}{more} twice, in rows that agree: "
-             "each counts once. Did two processes write it?")
+             "each counts once. Did two processes write it?", stacklevel=2)
     return list(kept.values())
 
 # %% ../nbs/04_log.ipynb #64e82b67
