@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from explorer import clamps, complains, move, shown
 from rs_toolkit import checkpoint
 from rs_toolkit.attacks import sphere_attack
 from rs_toolkit.common import data_folder
@@ -22,8 +23,6 @@ from rs_toolkit.noise import gaussian_noise
 
 START = dict(steps=10, eps=.25, norm=2, model='gaussian4', image=2, problem='two moons', point=53, sigma=.15)
 toy = lru_cache(train_toy)
-
-def shown(explorer): return {trace.name: trace for trace in explorer.fig.data}
 
 def digits_model(name): return checkpoint.load(data_folder()/'digits-methods/equal_epochs'/name)
 
@@ -157,7 +156,7 @@ def test_every_control_moves_the_picture(control):
 def test_as_it_opens_and_all_controls_together():
     e = SphereExplorer()
     check(e)
-    for name, value in MOVES.items(): e.controls[name].value = value      # faster than the work: the newest wins
+    move(e, **MOVES)                                                # faster than the work: the newest wins
     check(e, **MOVES)
     check(SphereExplorer(**MOVES), **MOVES)
 
@@ -185,16 +184,14 @@ def test_corners():
     check(e, model='acr', eps=1., steps=20, image=181)
     assert 'all 24 noises' in e.words.value
     assert len(shown(e)['confidence'].x) == 0
-    e.controls['problem'].value = 'half-space'
-    e.controls['sigma'].value = .05
+    move(e, problem='half-space', sigma=.05)
     check(e, model='acr', eps=1., steps=20, image=181, problem='half-space', sigma=.05)
 
 def test_controls_clamp():
     e = SphereExplorer()
     for name, wild, kept in [('steps', 99, 20), ('steps', -1, 0), ('eps', 7, 1), ('eps', 0, .05),
                              ('image', 10**6, 359), ('image', -1, 0), ('point', 999, 199), ('sigma', 9, .35)]:
-        e.controls[name].value = wild
-        assert e.controls[name].value == pytest.approx(kept), name
+        assert clamps(e, name, wild) == pytest.approx(kept), name
     check(e, steps=0, eps=.05, image=0, point=199, sigma=.35)
 
 def test_a_missing_file_is_said_and_survived(monkeypatch, tmp_path):
@@ -204,8 +201,7 @@ def test_a_missing_file_is_said_and_survived(monkeypatch, tmp_path):
         patch.setattr('rs_toolkit.explore.sphere.data_folder', lambda: tmp_path)
         e.controls['model'].value = 'acr'
         assert e.worker.wait()
-        assert 'role="alert"' in e.words.value
-        assert 'no checkpoint at' in e.words.value
+        assert complains(e, 'no checkpoint at')
     assert e.fig.to_json() == before
     e.controls['model'].value = 'catrs'
     check(e, model='catrs')
@@ -214,13 +210,11 @@ def test_a_bug_is_shown_and_raised(monkeypatch):
     e = SphereExplorer()
     monkeypatch.setattr('rs_toolkit.explore.sphere.plane_traces', lambda *args: 1/0)
     with pytest.raises(ZeroDivisionError): e.controls['steps'].value = 5
-    assert 'role="alert"' in e.words.value
-    assert 'division' in e.words.value
+    assert complains(e, 'division')
 
 def test_a_bug_in_the_background_is_shown(monkeypatch):
     e = SphereExplorer()
     monkeypatch.setattr('rs_toolkit.explore.sphere.walk', lambda *args: 1/0)
     e.controls['eps'].value = .5
     assert e.worker.wait()
-    assert 'role="alert"' in e.words.value
-    assert 'division' in e.words.value
+    assert complains(e, 'division')

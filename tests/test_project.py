@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from forked import execute, forked
+
 ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
 BOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 RUNS = ['train', 'certify', 'compare', 'benchmark']
@@ -25,7 +27,8 @@ def run(*command, cwd=ROOT, **env):
 
 @pytest.mark.parametrize('path', [p for p in BOOKS if p.stem not in [*RUNS, 'index']], ids=lambda p: p.stem)
 def test_notebook_runs(path):
-    run(BIN/'nbdev_test', '--path', path, '--n_workers', 0)
+    code, said = forked(execute, path)
+    assert code == 0, said[-4000:]
 
 def test_package_and_notebooks_are_in_sync_and_clean(tmp_path):
     copy = tmp_path/'copy'
