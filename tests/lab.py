@@ -4,10 +4,20 @@
         run(page)
         first, last = press(page, slider=0, key='ArrowLeft')
 
-Every failure is an `AssertionError` that names what the page or the kernel said: a raising cell, a widget that does not load, an exception in a callback
-(JupyterLab hides those in a log), a dialog that waits for an answer, a figure that does not follow its slider.
+Every failure is an `AssertionError` that names what the page or the kernel said: a raising cell, a widget that does
+not load, an exception in a callback (JupyterLab hides those in a log), a dialog that waits for an answer, a figure that
+does not follow its slider.
 """
-import json, os, secrets, shutil, signal, socket, subprocess, sys, tempfile, time
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +29,17 @@ from playwright.sync_api import TimeoutError as Late, sync_playwright
 CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or '/usr/bin/chromium'
 SETTINGS = {'docmanager-extension/plugin': {'autosave': False},              # a test leaves the notebook as it was
             'notebook-extension/tracker': {'windowingMode': 'none'},         # outputs out of view are in the page, too
-            'apputils-extension/notification': {'checkForUpdates': False, 'fetchNews': 'false', 'doNotDisturbMode': True}}
+            'apputils-extension/notification': {'checkForUpdates': False, 'fetchNews': 'false',
+                                                'doNotDisturbMode': True}}
 
 READY = '''() => {
-    const dialog = document.querySelector('.jp-Dialog'), panel = window.jupyterapp?.shell.currentWidget;
-    return dialog ? dialog.innerText : panel?.context?.isReady && panel.sessionContext.isReady && panel.sessionContext.session && 'ready';
+    const dialog = document.querySelector('.jp-Dialog');
+    if (dialog) return dialog.innerText;
+    const panel = window.jupyterapp?.shell.currentWidget, session = panel?.sessionContext;
+    return panel?.context?.isReady && session.isReady && session.session && 'ready';
 }'''
 
-# `said` collects every error that the kernel reports, from cells and from callbacks; `done` comes when the kernel is idle again
+# `said` collects every error that the kernel reports, from cells and from callbacks; `done` comes when it is idle again
 RUN = '''() => {
     const app = window.jupyterapp, kernel = app.shell.currentWidget.sessionContext.session.kernel;
     window.said = []; window.done = false;
@@ -34,25 +47,34 @@ RUN = '''() => {
         if (header.msg_type === 'error') window.said.push(`${content.ename}: ${content.evalue}`);
         if (header.msg_type === 'stream' && content.text.includes('Traceback')) window.said.push(content.text);
     });
-    app.commands.execute('notebook:run-all-cells').then(() => kernel.requestKernelInfo()).then(() => { window.done = true; });
+    app.commands.execute('notebook:run-all-cells')
+        .then(() => kernel.requestKernelInfo())
+        .then(() => { window.done = true; });
 }'''
 
 # what is wrong with the page, in words; an explorer marks its own complaints with role="alert"
 COMPLAINTS = '''() => {
     const outputs = [...document.querySelectorAll('.jp-OutputArea-output')];
-    document.querySelectorAll('.jupyter-widgets-error-widget.icon-error').forEach(icon => icon.click());         // unfolds its message
-    const broken = outputs.map(o => o.innerText).filter(t => /Error (displaying|creating) widget|Failed to load|Could not create|model not found/i.test(t));
-    const alerts = outputs.flatMap(o => [...o.querySelectorAll('[role=alert], .jupyter-widgets-error-widget')]).map(e => e.innerText);
+    const errors = document.querySelectorAll('.jupyter-widgets-error-widget.icon-error');
+    errors.forEach(icon => icon.click());                                              // unfolds its message
+    const unloaded = /Error (displaying|creating) widget|Failed to load|Could not create|model not found/i;
+    const broken = outputs.map(o => o.innerText).filter(t => unloaded.test(t));
+    const alerting = '[role=alert], .jupyter-widgets-error-widget';
+    const alerts = outputs.flatMap(o => [...o.querySelectorAll(alerting)]).map(e => e.innerText);
     return [...(window.said || []), ...broken, ...alerts];
 }'''
 
 LOADED = '''() => {
     const plots = [...document.querySelectorAll('.js-plotly-plot')];
-    const loading = [...document.querySelectorAll('.jp-OutputArea-output')].some(o => /Loading widget/i.test(o.innerText));
+    const outputs = [...document.querySelectorAll('.jp-OutputArea-output')];
+    const loading = outputs.some(o => /Loading widget/i.test(o.innerText));
     return !loading && plots.length && plots.every(p => p.querySelector('.main-svg'));
 }'''
 
-DRAWN = "() => JSON.stringify([...document.querySelectorAll('.js-plotly-plot')].map(p => p.data.map(t => [t.name, t.x, t.y, t.z])))"
+DRAWN = '''() => {
+    const plots = [...document.querySelectorAll('.js-plotly-plot')];
+    return JSON.stringify(plots.map(p => p.data.map(t => [t.name, t.x, t.y, t.z])));
+}'''
 
 # clocks the first and the last redraw after a key press, and tells whether the plotted data differ from those before it
 WATCH = '''() => {
@@ -60,7 +82,13 @@ WATCH = '''() => {
     const watch = window.watch = {before: data(), pressed: null, first: null, drawn: null};
     watch.settled = () => watch.drawn && performance.now() - watch.drawn > 150 && data() !== watch.before;
     document.addEventListener('keydown', () => { watch.pressed = performance.now(); }, {capture: true, once: true});
-    plots.forEach(p => { p.removeAllListeners('plotly_afterplot'); p.on('plotly_afterplot', () => { watch.drawn = performance.now(); watch.first ??= watch.pressed && watch.drawn; }); });
+    plots.forEach(p => {
+        p.removeAllListeners('plotly_afterplot');
+        p.on('plotly_afterplot', () => {
+            watch.drawn = performance.now();
+            watch.first ??= watch.pressed && watch.drawn;
+        });
+    });
 }'''
 
 
@@ -82,7 +110,8 @@ class Server:
         "Any page of the server."
         page = browser.new_page(viewport=dict(width=width, height=height))
         try:
-            page.goto(f'{self.url}/{address}?token={self.token}', wait_until='commit', timeout=120_000)   # Voilà also asks for addresses outside
+            url = f'{self.url}/{address}?token={self.token}'
+            page.goto(url, wait_until='commit', timeout=120_000)           # Voilà also asks for addresses outside
             yield page
         finally: page.close()
 
@@ -94,35 +123,48 @@ def lab(root):
         home = Path(home)
         for name, values in SETTINGS.items():
             file = home / 'settings/@jupyterlab' / f'{name}.jupyterlab-settings'
-            file.parent.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(values))
-        options = dict(ServerApp=dict(ip='127.0.0.1', port_retries=0, root_dir=root, allow_root=True),
-                       LabApp=dict(user_settings_dir=home/'settings', workspaces_dir=home/'workspaces', extension_manager='readonly',
-                                   check_for_updates_class='jupyterlab.NeverCheckForUpdate', news_url='None'))
-        flags = [f'--{app}.{name}={value}' for app, values in options.items() for name, value in values.items()]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values))
+        server_app = dict(ip='127.0.0.1', port_retries=0, root_dir=root, allow_root=True)
+        lab_app = dict(user_settings_dir=home/'settings', workspaces_dir=home/'workspaces',
+                       extension_manager='readonly', news_url='None',
+                       check_for_updates_class='jupyterlab.NeverCheckForUpdate')
+        flags = [f'--ServerApp.{name}={value}' for name, value in server_app.items()]
+        flags += [f'--LabApp.{name}={value}' for name, value in lab_app.items()]
         with serve(home, 'api', 'jupyterlab', '--no-browser', '--expose-app-in-browser', *flags) as server: yield server
 
 @contextmanager
 def voila(folder):
     "Voilà over a folder of notebooks; each is run when its page is asked for."
-    with tempfile.TemporaryDirectory(prefix='voila_') as home, \
-         serve(Path(home), 'voila/static/none', 'voila', folder, '--no-browser', '--Voila.ip=127.0.0.1', '--show_tracebacks=True') as server: yield server
+    flags = ['--no-browser', '--Voila.ip=127.0.0.1', '--show_tracebacks=True']
+    with tempfile.TemporaryDirectory(prefix='voila_') as home:
+        with serve(Path(home), 'voila/static/none', 'voila', folder, *flags) as server: yield server
 
 @contextmanager
 def serve(home, probe, *command, timeout=90):
-    "A server on a free loopback port, behind a random token, that is up once `probe` answers; gone, kernels and all, when the block ends."
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    "A server on a free port of this machine, behind a random token, up once `probe` answers; gone when the block ends."
+    port = free_port()
     server = Server(f'http://127.0.0.1:{port}', secrets.token_hex(24))
-    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}      # the kernel is not under test
-    env |= dict(JUPYTER_TOKEN=server.token, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'), IPYTHONDIR=str(home/'ipython'))
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}    # no kernel under test
+    env |= dict(JUPYTER_TOKEN=server.token, JUPYTER_CONFIG_DIR=str(home/'config'),
+                JUPYTER_RUNTIME_DIR=str(home/'runtime'), IPYTHONDIR=str(home/'ipython'))
+    command = [sys.executable, '-m', *map(str, command), f'--port={port}']
     with open(home/'log', 'w+') as log:
-        process = subprocess.Popen([sys.executable, '-m', *map(str, command), f'--port={port}'], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
         try:
             until = time.monotonic() + timeout
             while not answers(f'{server.url}/{probe}'):
-                assert process.poll() is None and time.monotonic() < until, f"{command[0]} did not start:\n{(home/'log').read_text()[-3000:]}"
+                alive = process.poll() is None and time.monotonic() < until
+                assert alive, f"{command[2]} did not start:\n{(home/'log').read_text()[-3000:]}"
                 time.sleep(.1)
             yield server
         finally: stop(process)
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 def answers(url):
     try: return urlopen(url, timeout=5)
@@ -132,14 +174,17 @@ def answers(url):
 def stop(process, patience=15):
     process.send_signal(signal.SIGTERM)              # ends its kernels first
     try: process.wait(patience)
-    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager
 def chromium():
     "Debian's headless browser."
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        flags = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
         try: yield browser
         finally: browser.close()
 
@@ -150,9 +195,11 @@ def check(page):
     assert not complaints, '\n'.join(complaints)
 
 def wait(page, condition, what, seconds):
-    "Wait for a condition in the page; if it does not come, say why. To ask at every frame would make the page paint at every frame."
+    "Wait for a condition in the page; if it does not come, say why. Asked at every frame, the page would paint each."
     try: page.wait_for_function(condition, timeout=1000 * seconds, polling=100)
-    except Late: check(page); raise AssertionError(f'{what} within {seconds} s') from None
+    except Late:
+        check(page)
+        raise AssertionError(f'{what} within {seconds} s') from None
 
 def loaded(page, seconds=60):
     "Wait until every widget and figure is on the page."
@@ -175,11 +222,11 @@ def reload(page):
     loaded(page)
 
 def press(page, slider, key, seconds=10):
-    "Press a key on a slider; milliseconds until the figures, whose data must change, are redrawn for the first and for the last time."
+    "Press a key on a slider, and see the data change; milliseconds until the first and the last redraw."
     handle = page.locator('[role=slider]').nth(slider)
     handle.focus()
     page.evaluate(WATCH)
     handle.press(key)
     wait(page, '() => window.watch.settled()', f'slider {slider}: no plotted data changed after {key}', seconds)
     check(page)
-    return page.evaluate('() => [window.watch.first - window.watch.pressed, window.watch.drawn - window.watch.pressed]')
+    return page.evaluate('() => [watch.first - watch.pressed, watch.drawn - watch.pressed]')

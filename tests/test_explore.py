@@ -1,105 +1,167 @@
-"""Explorers: every notebook by a kernel, one slider of each in a real browser. Every control by hand: test_explore_NAME.py."""
-import json, os, statistics
+"""Explorers in a real browser: one slider of each.
+
+Every control by hand: test_explore_NAME.py. Every cell by a kernel: test_project.py.
+"""
+import os
+import statistics
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 import lab
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPLORERS = sorted((ROOT / 'nbs/explore').glob('[a-z]*.ipynb'))                 # 00_core is what they share
-each_explorer = pytest.mark.parametrize('path', EXPLORERS, ids=lambda p: p.stem)
+SMOOTH = ROOT / 'nbs/explore/smooth.ipynb'                                      # its pictures come from the background
+each_explorer = pytest.mark.parametrize('path', EXPLORERS, ids=lambda path: path.stem)
+each_at_once = pytest.mark.parametrize('path', [p for p in EXPLORERS if p != SMOOTH], ids=lambda path: path.stem)
 
-
-# --- by a kernel ---
-
-@each_explorer
-def test_runs_in_a_kernel(path, monkeypatch):
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    nb = nbformat.read(path, 4)
-    NotebookClient(nb, kernel_name='python3', store_widget_state=False, timeout=300, resources={'metadata': {'path': str(path.parent)}}).execute()
-    assert 'application/vnd.jupyter.widget-view+json' in json.dumps(nb), 'no explorer was shown'
 
 @each_explorer
 def test_is_committed_without_outputs_and_opens_with_a_picture(path):
     nb = nbformat.read(path, 4)
     assert 'widgets' not in nb.metadata
-    assert not [c.source for c in nb.cells if c.get('outputs')]
-    prose = ''.join(c.source for c in nb.cells[:3])
-    assert nb.cells[0].source.splitlines()[0].endswith('?') and f'](images/{path.stem}.png)' in prose
+    assert not [cell.source for cell in nb.cells if cell.get('outputs')]
+    question = nb.cells[0].source.splitlines()[0]
+    assert question.endswith('?')
+    assert f'](images/{path.stem}.png)' in ''.join(cell.source for cell in nb.cells[:3])
     assert (path.parent / f'images/{path.stem}.png').read_bytes().startswith(b'\x89PNG')
 
 
-# --- in a real browser ---
+# --- what a test needs: one browser; a server for the notebooks, one for pages, one for what tests write ---
 
 @pytest.fixture(scope='module')
 def browser():
     if not Path(lab.CHROMIUM).exists():
-        (pytest.fail if os.environ.get('CI') else pytest.skip)(f'no browser at {lab.CHROMIUM}: apt-get install chromium, or set CHROMIUM')
+        give_up = pytest.fail if os.environ.get('CI') else pytest.skip
+        give_up(f'no browser at {lab.CHROMIUM}: apt-get install chromium, or set CHROMIUM')
     with lab.chromium() as browser: yield browser
 
 @pytest.fixture(scope='module')
-def server(browser):
+def kernels_import_the_checkout():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(ROOT))
-        with lab.lab(ROOT) as server: yield server
+        yield
 
-@each_explorer
+@pytest.fixture(scope='module')
+def server(browser, kernels_import_the_checkout):
+    with lab.lab(ROOT) as server: yield server
+
+@pytest.fixture(scope='module')
+def pages(browser, kernels_import_the_checkout):
+    with lab.voila(ROOT/'nbs/explore') as server: yield server
+
+@pytest.fixture(scope='module')
+def written(browser, kernels_import_the_checkout, tmp_path_factory):
+    "(JupyterLab over an empty folder, the folder)."
+    root = tmp_path_factory.mktemp('written')
+    with lab.lab(root) as server: yield server, root
+
+def write_notebook(path, *cells):
+    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3'))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+
+
+# --- in JupyterLab ---
+
+def tell(capsys, *words):
+    with capsys.disabled(): print('\n' + ' '.join(words))
+
+def median_of(milliseconds): return f'{statistics.median(milliseconds):.0f} ms'
+
+@each_at_once
 def test_lives_in_a_browser(server, browser, path, capsys):
     committed = path.read_bytes()
     with server.notebook(browser, path.relative_to(ROOT)) as page:
         lab.run(page)
-        first, last = zip(*[lab.press(page, 0, key) for key in ['ArrowLeft'] * 10 + ['ArrowRight'] * 10])
-    with capsys.disabled(): print(f'\n{path.stem}: {statistics.median(first):.0f} ms from key press to the first redraw (median of {len(first)}; slowest {max(first):.0f}), '
-                                  f'{statistics.median(last):.0f} to the last')
+        times = [lab.press(page, 0, key) for key in ['ArrowLeft'] * 5 + ['ArrowRight'] * 5]
+    first = [time for time, _ in times]
+    last = [time for _, time in times]
+    tell(capsys, f'{path.stem}: {median_of(first)} from key press to the first redraw',
+         f'(median of {len(first)}; slowest {max(first):.0f}), {median_of(last)} to the last')
     assert path.read_bytes() == committed
 
-@pytest.fixture(scope='module')
-def pages(browser):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', str(ROOT))
-        with lab.voila(ROOT/'nbs/explore') as server: yield server
+FIRST = '''() => {
+    const plot = document.querySelector('.js-plotly-plot');
+    const data = () => JSON.stringify(plot.data.map(t => [t.x, t.y, t.z]));
+    const before = data(), watch = window.first = {pressed: null, ms: null};
+    document.addEventListener('keydown', () => { watch.pressed = performance.now(); }, {capture: true, once: true});
+    plot.removeAllListeners('plotly_afterplot');
+    plot.on('plotly_afterplot', () => {
+        if (watch.pressed && watch.ms === null && data() !== before) watch.ms = performance.now() - watch.pressed;
+    });
+}'''
 
-@each_explorer
-def test_is_a_page_of_its_own(pages, browser, path):
-    "Under Voilà: no code, and the figure follows its slider."
-    with pages.page(browser, f'voila/render/{path.name}') as page:
-        lab.loaded(page, 180)
-        assert 'explorer.view' not in page.inner_text('body')
-        lab.press(page, 0, 'ArrowLeft', 30)
+def says(words): return f'() => document.querySelector("[role=status]").innerText.includes("{words}")'
 
-def notebook(path, *cells):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name='python3', display_name='python3'))), path)
+def first_sign(page, key):
+    "Milliseconds from a press on the first slider to the first new picture; the run before it is still busy."
+    handle = page.locator('[role=slider]').nth(0)
+    handle.focus()
+    page.evaluate(FIRST)
+    handle.press(key)
+    lab.wait(page, '() => window.first.ms !== null', f'no sign of life after {key}', 10)
+    return page.evaluate('() => window.first.ms')
 
-def test_a_page_that_is_loaded_again_shows_what_it_showed(tmp_path_factory, browser, monkeypatch):
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    root = tmp_path_factory.mktemp('again')
-    notebook(root/'again.ipynb', f'import os; os.chdir({str(ROOT)!r})\nfrom rs_toolkit.explore.p_a import PAExplorer\nPAExplorer().view')
-    with lab.lab(root) as server, server.notebook(browser, 'again.ipynb') as page:
+def test_progress_of_smooth_is_seen_at_once_in_a_browser(server, browser, capsys):
+    "A press, the first new picture, the next press; a run that is stopped, and one that ends."
+    committed = SMOOTH.read_bytes()
+    with server.notebook(browser, SMOOTH.relative_to(ROOT)) as page:
         lab.run(page)
-        lab.press(page, 0, 'ArrowRight')                             # more samples than there are votes: lines that were not there before
+        times = [first_sign(page, key) for key in ['ArrowLeft'] * 4 + ['ArrowRight'] * 8 + ['ArrowLeft'] * 4]
+        page.locator('button.widget-button', has_text='Stop').click()
+        lab.wait(page, says('no certificate'), 'Stop did nothing', 10)
+        page.locator('button[title^="a new run"]').click()
+        lab.wait(page, says('Except with chance'), 'no certificate came', 60)
+        lab.check(page)
+    tell(capsys, f'smooth: {median_of(times)} from key press to the first new picture of a run',
+         f'(median of {len(times)}; slowest {max(times):.0f})')
+    assert SMOOTH.read_bytes() == committed
+
+def test_a_page_that_is_loaded_again_shows_what_it_showed(written, browser):
+    server, root = written
+    write_notebook(root/'again.ipynb', f'import os; os.chdir({str(ROOT)!r})\n'
+                   'from rs_toolkit.explore.p_a import PAExplorer\nPAExplorer().view')
+    with server.notebook(browser, 'again.ipynb') as page:
+        lab.run(page)
+        lab.press(page, 0, 'ArrowRight')                     # more samples than votes: lines that were not there before
         before = page.evaluate(lab.DRAWN)
         lab.reload(page)
         same = page.evaluate(lab.DRAWN) == before
         assert same, 'the figure does not show the lines that it showed before'
         lab.press(page, 0, 'ArrowLeft')
 
-BROKEN = {
+BROKEN = {  # fault -> the cell that makes it, what the test then says
     'cell': ('1/0', 'ZeroDivisionError'),
     'callback': ('slider.observe(lambda _: 1/0, "value")', 'ZeroDivisionError'),
     'dead slider': ('', 'no plotted data changed'),
-    'complaint': ('slider.observe(lambda _: setattr(words, "value", "<p role=alert>too steep</p>"), "value")', 'too steep'),
+    'complaint': ('slider.observe(complain, "value")', 'too steep'),
 }
+WIDGETS = '''import ipywidgets as W, plotly.graph_objects as go
+slider = W.IntSlider()
+words = W.HTML()
+def complain(_): words.value = "<p role=alert>too steep</p>"
+view = W.VBox([slider, words, go.FigureWidget(go.Figure(go.Scatter(y=[1, 2])))])'''
 
 @pytest.mark.parametrize('fault', BROKEN)
-def test_the_browser_test_can_fail(tmp_path_factory, browser, fault):
+def test_the_browser_test_can_fail(written, browser, fault):
+    server, root = written
     source, message = BROKEN[fault]
-    root = tmp_path_factory.mktemp('broken')
-    shown = ('import ipywidgets as W, plotly.graph_objects as go\nslider, words = W.IntSlider(), W.HTML()\n'
-             'view = W.VBox([slider, words, go.FigureWidget(go.Figure(go.Scatter(y=[1, 2])))])')
-    notebook(root/'broken.ipynb', shown, source, 'view')
-    with lab.lab(root) as server, server.notebook(browser, 'broken.ipynb') as page, pytest.raises(AssertionError, match=message):
+    name = f'{fault.replace(" ", "-")}.ipynb'
+    write_notebook(root/name, WIDGETS, source, 'view')
+    with server.notebook(browser, name) as page, pytest.raises(AssertionError, match=message):
         lab.run(page)
         lab.press(page, 0, 'ArrowRight', seconds=3)
+
+
+# --- under Voilà ---
+
+@each_explorer
+def test_is_a_page_of_its_own(pages, browser, path):
+    "No code, and the figure follows its slider."
+    with pages.page(browser, f'voila/render/{path.name}') as page:
+        lab.loaded(page, 180)
+        assert 'explorer.view' not in page.inner_text('body')
+        lab.press(page, 0, 'ArrowLeft', 30)

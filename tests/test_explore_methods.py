@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 import pytest
 
 from rs_toolkit.explore import methods
-from rs_toolkit.explore.methods import MINE, SOURCES, Choice, MethodsExplorer, export_figure, free_places, spread
+from rs_toolkit.explore.methods import MINE, SOURCES, MethodsExplorer, free_places
+from rs_toolkit.plots import apart
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
 
@@ -233,8 +234,12 @@ def test_a_bug_is_shown_and_raised(monkeypatch):
     assert 'role="alert"' in e.words.value and 'division' in e.words.value
 
 def test_names_stay_apart():
-    places = spread([.5, .5, .51, .1], .1, 0, 1)
+    places = apart([.5, .5, .51, .1], .1, low=0, high=1)
     assert np.diff(np.sort(places)).min() > .1 - 1e-9 and np.argmin(places) == 3
-    assert spread([.95]*3, .1, 0, 1).max() <= 1 and np.diff(np.sort(spread([.95]*3, .1, 0, 1))).min() > .1 - 1e-9
+    crowded = apart([.95] * 3, .1, low=0, high=1)
+    assert crowded.max() <= 1 and np.diff(np.sort(crowded)).min() > .1 - 1e-9
+
+def test_names_cover_no_points():
     assert free_places([], [], []) == []
-    assert free_places([0, 1, 1.01], [0, 1, 1], ['a', 'long name', 'long name'])[1] != free_places([0, 1, 1.01], [0, 1, 1], ['a', 'long name', 'long name'])[2]
+    first, second, third = free_places([0, 1, 1.01], [0, 1, 1], ['a', 'long name', 'long name'])
+    assert second != third

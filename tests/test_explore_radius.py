@@ -2,14 +2,15 @@
 import numpy as np
 import pytest
 
-from rs_toolkit.bounds import certified_radius, constant_acr, fewest_votes, lower_bound, max_radius, sensitivity, trivial_budget, vote_value
+from explorer import clamps, complains, move, shown
+from rs_toolkit.bounds import certified_radius, constant_acr, fewest_votes, lower_bound, max_radius, sensitivity
+from rs_toolkit.bounds import trivial_budget, vote_value
 from rs_toolkit.explore.radius import RadiusExplorer
-
-def shown(explorer): return {trace.name: trace for trace in explorer.fig.data}
 
 def check_radius(e, sigma=1., n=100_000, alpha=.001, share=.99, acr=.534, num_classes=10):
     "Every line of the picture against the statistics."
-    t, votes = shown(e), round(share * n)
+    t = shown(e)
+    votes = round(share * n)
     k = np.rint(t['radius'].x * n)
     bound = lower_bound(k, n, alpha)
     now = lower_bound(votes, n, alpha)
@@ -46,7 +47,7 @@ def test_every_control_moves_the_picture(control):
 def test_all_controls_together():
     e = RadiusExplorer(**MOVES)
     check_radius(e, **MOVES)
-    for name, control in RadiusExplorer().controls.items(): e.controls[name].value = control.value
+    move(e, **RadiusExplorer().values)
     check_radius(e)
 
 @pytest.mark.parametrize('n', [10, 16, 100, 10_000_000])
@@ -59,35 +60,36 @@ def test_corners(n, alpha, share):
         check_radius(e, sigma, n, alpha, share)
         assert e.fig.layout.yaxis.range[1] > e.controls['sigma'].value * max_radius(1., n, alpha)
         slope = shown(e)['slope'].y
-        assert not (slope < 10**e.fig.layout.yaxis2.range[0]).any() and not (slope > 10**e.fig.layout.yaxis2.range[1]).any()
+        low, high = 10**np.array(e.fig.layout.yaxis2.range, float)
+        assert not (slope < low).any() and not (slope > high).any()
+
+CLAMPED = [('sigma', 99, 1), ('sigma', -1, .05), ('n', 1e12, 1e7), ('n', 0, 10), ('alpha', 2, .1), ('alpha', 0, 1e-6),
+           ('num_classes', 0, 2), ('num_classes', 10**9, 100_000)]
 
 def test_controls_clamp():
     e = RadiusExplorer()
-    for name, wild, kept in [('sigma', 99, 1), ('sigma', -1, .05), ('n', 1e12, 1e7), ('n', 0, 10), ('alpha', 2, .1), ('alpha', 0, 1e-6),
-                             ('num_classes', 0, 2), ('num_classes', 10**9, 100_000)]:
-        e.controls[name].value = wild
-        assert e.controls[name].value == pytest.approx(kept)
+    for name, wild, kept in CLAMPED: assert clamps(e, name, wild) == pytest.approx(kept), (name, wild)
     check_radius(e, sigma=.05, n=10, alpha=1e-6, num_classes=100_000)
 
 def test_words():
     e = RadiusExplorer()
-    assert 'than <b>2.289</b>' in e.words.value and '3.811 = 3.81 σ' in e.words.value and '1.5 × 10<sup>8</sup>' in e.words.value
-    e.controls['share'].value = .5
+    for words in 'than <b>2.289</b>', '3.811 = 3.81 σ', '1.5 × 10<sup>8</sup>': assert words in e.words.value
+    move(e, share=.5)
     assert 'Abstain' in e.words.value and '50,490 votes' in e.words.value
-    e.controls['sigma'].value = .1
+    move(e, sigma=.1)
     assert 'more than 300 digits' in e.words.value
 
 def test_wrong_input_is_said_and_survived():
     e = RadiusExplorer()
     before = e.fig.to_json()
-    e.controls['acr'].value = -.5
-    assert 'role="alert"' in e.words.value and 'at least 0, got -0.5' in e.words.value
+    move(e, acr=-.5)
+    assert complains(e, 'at least 0, got -0.5')
     assert e.fig.to_json() == before
-    e.controls['acr'].value = .35
+    move(e, acr=.35)
     check_radius(e, acr=.35)
 
 def test_a_bug_is_shown_and_raised(monkeypatch):
     e = RadiusExplorer()
     monkeypatch.setattr('rs_toolkit.explore.radius.radius_traces', lambda s: 1/0)
-    with pytest.raises(ZeroDivisionError): e.controls['sigma'].value = .5
-    assert 'role="alert"' in e.words.value and 'division' in e.words.value
+    with pytest.raises(ZeroDivisionError): move(e, sigma=.5)
+    assert complains(e, 'division')

@@ -1,20 +1,18 @@
-"""The smooth explorer: every control by hand, a run that is stopped, hurried or broken, and the first sign of life in a real browser."""
+"""The smooth explorer: every control by hand, a run that is stopped, hurried or broken."""
 import json, shutil, statistics, threading, time
 
 import numpy as np
 import pytest
 import torch
 
-import lab
 from rs_toolkit.bounds import certified_radius, lower_bound, max_radius
 from rs_toolkit.certify import certify
 from rs_toolkit.checkpoint import load as load_checkpoint
 from rs_toolkit.common import package_folder
 from rs_toolkit.data import load
 from rs_toolkit.explore import smooth
-from rs_toolkit.explore.smooth import SmoothExplorer, shipped_runs, trained, watch
+from rs_toolkit.explore.smooth import SmoothExplorer, trained, watch
 from rs_toolkit.log import read_log
-from test_explore import ROOT, browser, server
 
 N = dict(n=1000)                                       # enough to see, and quick
 
@@ -222,31 +220,3 @@ def test_a_bug_is_shown(monkeypatch):
     e.controls['sigma'].value = .5
     assert e.worker.wait() and 'role="alert"' in e.words.value and 'division' in e.words.value
     with pytest.raises(ZeroDivisionError): e.show(e.now)
-
-# --- in a real browser ---
-
-FIRST = '''() => {
-    const plot = document.querySelector('.js-plotly-plot'), data = () => JSON.stringify(plot.data.map(t => [t.x, t.y, t.z]));
-    const before = data(), watch = window.first = {pressed: null, ms: null};
-    document.addEventListener('keydown', () => { watch.pressed = performance.now(); }, {capture: true, once: true});
-    plot.removeAllListeners('plotly_afterplot');
-    plot.on('plotly_afterplot', () => { if (watch.pressed && watch.ms === null && data() !== before) watch.ms = performance.now() - watch.pressed; });
-}'''
-
-def test_progress_is_seen_at_once_in_a_browser(server, browser, capsys):
-    "While the run before is still busy: a press, the first new picture, the next press."
-    with server.notebook(browser, 'nbs/explore/smooth.ipynb') as page:
-        lab.run(page)
-        handle, ms = page.locator('[role=slider]').nth(0), []
-        for key in ['ArrowLeft'] * 4 + ['ArrowRight'] * 12 + ['ArrowLeft'] * 4:
-            handle.focus()
-            page.evaluate(FIRST)
-            handle.press(key)
-            lab.wait(page, '() => window.first.ms !== null', f'no sign of life after {key}', 10)
-            ms.append(page.evaluate('() => window.first.ms'))
-        page.locator('button.widget-button', has_text='Stop').click()
-        lab.wait(page, '() => document.querySelector("[role=status]").innerText.includes("no certificate")', 'Stop did nothing', 10)
-        page.locator('button[title^="a new run"]').click()
-        lab.wait(page, '() => document.querySelector("[role=status]").innerText.includes("Except with chance")', 'no certificate came', 60)
-        lab.check(page)
-    with capsys.disabled(): print(f'\nsmooth: {statistics.median(ms):.0f} ms from key press to the first new picture of a run (median of {len(ms)}; slowest {max(ms):.0f})')

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..common import check_number, check_samples, document, unknown
+from ..common import check_number, document, unknown
 from ..data import check_images, check_labels
 from ..models import Normalize, check_model, device_of, frozen
 

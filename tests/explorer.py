@@ -1,0 +1,19 @@
+"""A hand on the controls of an explorer, and an eye on its figure."""
+import plotly.graph_objects as go
+
+def move(explorer, **values):
+    "Set controls, one after the other. An exception in a callback comes out here."
+    for name, value in values.items(): explorer.controls[name].value = value
+
+def clamps(explorer, name, wild):
+    "The value that a control makes of a wild one."
+    move(explorer, **{name: wild})
+    return explorer.controls[name].value
+
+class Shown(dict):
+    "Traces by name; one that was never needed is empty."
+    def __missing__(self, name): return go.Scatter(x=[], y=[], text='')
+
+def shown(explorer): return Shown({trace.name: trace for trace in explorer.fig.data})
+
+def complains(explorer, words): return 'role="alert"' in explorer.words.value and words in explorer.words.value
