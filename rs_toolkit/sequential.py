@@ -54,7 +54,8 @@ def crossing_probability(
     p:float,      # true probability of a vote, in (0, 1)
 )->np.ndarray:    # [looks], chance to have stopped by then; exact to about ten digits
     "How often a count reaches its threshold at one look or another."
-    low, chance = 0, np.ones(1)                                   # before the first vote the count is 0
+    low = 0
+    chance = np.ones(1)   # before the first vote the count is 0
     seen = 0
     crossed = [0.]
     for look, threshold in zip(looks, thresholds):
@@ -89,7 +90,8 @@ def spending_thresholds(
     "Thresholds of a group-sequential test that spends `alpha` to the last bit (Lan & DeMets, 1983)."
     slack = 1e-6 * check_alpha(alpha)
     rho = check_number(rho, 'rho')
-    low, chance = 0, np.ones(1)
+    low = 0
+    chance = np.ones(1)
     seen = spent = 0
     thresholds = []
     for look in looks:
@@ -142,7 +144,8 @@ def log_wealth(
     p,            # claim to bet against: the true probability is at most this, in (0, 1)
 )->np.ndarray:
     "Logarithm of what a bettor has made of 1; under the claim it ever reaches log(1/alpha) with chance <= alpha."
-    k, p = np.asarray(k), np.asarray(p)
+    k = np.asarray(k)
+    p = np.asarray(p)
     against = n - k
     with np.errstate(divide='ignore'):                            # far below p nothing is left: -inf
         larger = np.log(betaincc(k + .5, against + .5, p) / betaincc(.5, .5, p))
@@ -156,7 +159,8 @@ def anytime_bound(
     "Lower bound on a probability that holds for all `n` at once: look, stop, go on as you like."
     k, n = np.broadcast_arrays(k, n)
     enough = -np.log(check_alpha(alpha)) + 1e-9                   # the last digits of the wealth are not to be trusted
-    low, high = np.zeros(k.shape), np.maximum(k, .5) / n          # without a vote nothing is refuted
+    low = np.zeros(k.shape)
+    high = np.maximum(k, .5) / n   # without a vote nothing is refuted
     for _ in range(40):
         middle = (low + high) / 2
         refuted = log_wealth(k, n, middle) >= enough
@@ -199,7 +203,8 @@ def randomized_bound(
     plain = lower_bound(k, n, alpha)
     if (u == 1).all(): return plain
     next_one = np.where(k == n, .5**(1/n), lower_bound(np.minimum(k + 1, n), n, alpha))
-    low, high = plain, np.maximum(next_one, plain)
+    low = plain
+    high = np.maximum(next_one, plain)
     for _ in range(60):
         p = (low + high) / 2
         at_least = betainc(np.maximum(k, 1), n - np.maximum(k, 1) + 1, p)
@@ -283,7 +288,9 @@ class Procedure:
             raise ValueError(f"a look takes the votes for the class among the first {at.wanted} samples, "
                              f"those of earlier looks included: got {count} after {at.count} of {at.n}")
         n = at.wanted
-        p_lower, stop, wanted = at.p_lower.copy(), at.stop.copy(), at.wanted.copy()
+        p_lower = at.p_lower.copy()
+        stop = at.stop.copy()
+        wanted = at.wanted.copy()
         live = stop == ''
         p_lower[live], stop[live] = self.judge(n[live], count[live], p_lower[live], at.u[live])
         stop[(stop == '') & (n >= self.n)] = 'end'
@@ -426,7 +433,8 @@ def simulate(
     seed=0,
 )->Standing:      # [images], all of them stopped; an image has cost n0 + n votes
     "What a procedure does with images whose probabilities are known."
-    p, rng = np.asarray(p), np.random.default_rng(seed)
+    p = np.asarray(p)
+    rng = np.random.default_rng(seed)
     at = procedure.begin(rng.binomial(n0, p), n0)
     while (at.stop == '').any():
         at = procedure.look(at, at.count + rng.binomial(at.missing, p))

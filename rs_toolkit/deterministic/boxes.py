@@ -258,7 +258,8 @@ def _is_shape(node):
     return node.target == 'size' or (node.target is getattr and node.args[1] == 'shape')
 
 def _steps(model):
-    steps, place = [], {}                          # place: node -> position of the step that gives its value
+    steps = []
+    place = {}   # place: node -> position of the step that gives its value
     for node in _graph(model).nodes:
         values = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a in place]
         if node.op == 'placeholder' and not steps:
@@ -342,7 +343,8 @@ def margins(
     "Lower bounds of how far class y leads each class."
     weight = head.weight.to(features.lower)
     bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.to(weight)
-    centre, radius = features.centre, features.radius
+    centre = features.centre
+    radius = features.radius
     parts = []
     for classes in torch.arange(len(weight), device=y.device).split(max(1, LARGEST // features.lower.numel())):
         lead = weight[y][:, None] - weight[classes]                                                    # [b, c, d]

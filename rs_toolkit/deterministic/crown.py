@@ -47,7 +47,8 @@ def _convolution(layer, A, box):
     return [part.unflatten(0, A.shape[:2])], constant
 
 def _relu(layer, A, box):
-    lower, upper = box.lower[:, None], box.upper[:, None]
+    lower = box.lower[:, None]
+    upper = box.upper[:, None]
     undecided = (lower < 0) & (upper > 0)
     inactive = torch.where(upper <= 0, 0., torch.nan)                 # what is not a number stays so
     decided = torch.where(lower >= 0, 1., inactive).to(A)
@@ -75,7 +76,8 @@ def lower_bounds(
     statistics=None,  # of `boxes.fixed`
 )->torch.Tensor:      # [b, s]; gradients flow
     "Lower bounds of linear functions of a layer's value, for all images of the first box."
-    waiting, total = {position: A}, 0.
+    waiting = {position: A}
+    total = 0.
     for i in range(position, 0, -1):
         if i not in waiting: continue
         A = waiting.pop(i)
@@ -84,7 +86,8 @@ def lower_bounds(
         total = total + constant
         for j, part in zip(steps[i].inputs, parts): waiting[j] = waiting[j] + part if j in waiting else part
     A = waiting[0].flatten(2)
-    centre, radius = boxes[0].centre.flatten(1), boxes[0].radius.flatten(1)
+    centre = boxes[0].centre.flatten(1)
+    radius = boxes[0].radius.flatten(1)
     return torch.einsum('bsn,bn->bs', A, centre) - torch.einsum('bsn,bn->bs', A.abs(), radius) + total
 
 def _is_exact(steps):
