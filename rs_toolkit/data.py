@@ -62,7 +62,7 @@ def _digits(split):
     chosen = order[:360] if split == 'test' else order[360:]
     return images[chosen], labels[chosen]
 
-# %% ../nbs/02_data.ipynb #d2f3a002
+# %% ../nbs/02_data.ipynb #edcd64f6
 DEEP = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N')                                  # Pillow's modes with 16 bits of grey
 GREY = ('1', 'L', 'LA', *DEEP)
 COLOUR = ('P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
@@ -82,6 +82,7 @@ def _check_opaque(image):
         raise ValueError("it is transparent, and what lies behind it is unknown: "
                          "put it on a background, and save it without alpha")
 
+# %% ../nbs/02_data.ipynb #d2f3a002
 def _pixels(image):
     "A Pillow image as float32 [1 or 3, H, W] in [0, 1]."
     _check_mode(image)
@@ -218,7 +219,7 @@ def resized_crop(
 
 AUGMENTATIONS = {'none': None, 'crop_flip': crop_flip, 'resized_crop': resized_crop}
 
-# %% ../nbs/02_data.ipynb #d713e572
+# %% ../nbs/02_data.ipynb #6326c0b5
 class Stream:
     "Images [N, 3, 224, 224] that are decoded when they are looked at; otherwise like a tensor on the CPU."
     dtype = torch.float32
@@ -258,6 +259,7 @@ class Stream:
 
 def _central(image): return TF.center_crop(TF.resize(image, 256), 224)
 
+# %% ../nbs/02_data.ipynb #d713e572
 def _photo(image):
     "A Pillow image as RGB of 8 bits, for which resizing is defined; alpha is dropped, as the field does for ImageNet."
     _check_mode(image)
@@ -309,7 +311,7 @@ def images_at(
                          "and crop_flip for images in memory")
     return images.augmented(at, keys) if augment is resized_crop else augment(images[at], keys)
 
-# %% ../nbs/02_data.ipynb #15f01c93
+# %% ../nbs/02_data.ipynb #0c7409ab
 def batches(
     images, labels,  # [N, C, H, W], [N]; batches are on the device of the labels
     batch_size:int,  # images per batch, of all processes together; the last one may be smaller
@@ -333,6 +335,7 @@ def batches(
     in_turn = _ahead if isinstance(images, Stream) else map
     yield from in_turn(fetch, order.split(batch_size))
 
+# %% ../nbs/02_data.ipynb #15f01c93
 def _ahead(f, items):
     "`map`, one ahead: while a result is used, a thread works on the next."
     with ThreadPoolExecutor(1) as pool:

@@ -31,7 +31,7 @@ def schedule(
         at.append(max(at[-1] + chunk, int(np.ceil(at[-1] * ratio / chunk)) * chunk))
     return (*[look for look in at if look < n], check_samples(n))
 
-# %% ../nbs/00_sequential.ipynb #3b05f26a
+# %% ../nbs/00_sequential.ipynb #8b630de0
 def _binomial(n, p, drop):
     "Chances of the counts of `n` votes as (lowest count, chances), without tails of at most `drop` each."
     k = np.arange(n + 1)
@@ -48,6 +48,7 @@ def _draw(low, chance, n, p, drop):
     unlikely = np.searchsorted(chance.cumsum(), drop, 'right')
     return low + more + unlikely, chance[unlikely:]
 
+# %% ../nbs/00_sequential.ipynb #3b05f26a
 def crossing_probability(
     looks,        # increasing numbers of votes [looks]
     thresholds,   # count that stops at each look; beyond the number of votes: never
@@ -137,7 +138,7 @@ def hope_thresholds(
     n, last = np.broadcast_arrays(np.array(looks)[:, None], last)
     return fewest(lambda count: shortfall(last - count, looks[-1] - n, count, n) <= z, n)
 
-# %% ../nbs/00_sequential.ipynb #403bd8c9
+# %% ../nbs/00_sequential.ipynb #51db316c
 def log_wealth(
     k,            # votes for the class
     n,            # votes drawn
@@ -151,6 +152,7 @@ def log_wealth(
         larger = np.log(betaincc(k + .5, against + .5, p) / betaincc(.5, .5, p))
     return betaln(k + .5, against + .5) - betaln(.5, .5) + larger - k*np.log(p) - against*np.log1p(-p)
 
+# %% ../nbs/00_sequential.ipynb #403bd8c9
 def anytime_bound(
     k,            # votes for the class, a number or an array
     n,            # votes drawn, a number or an array
@@ -214,12 +216,13 @@ def randomized_bound(
         high = np.where(chance <= alpha, high, p)
     return np.where(u == 1, plain, low)[()]
 
-# %% ../nbs/00_sequential.ipynb #e0a362fb
+# %% ../nbs/00_sequential.ipynb #def55a79
 STOPS = {'certified': 'the largest radius that was asked for',
          'futile': 'no larger radius is within reach',
          'close': 'nearly the radius that all votes would give',
          'end': 'all votes were drawn'}
 
+# %% ../nbs/00_sequential.ipynb #15cb2cb4
 @dataclass(frozen=True)
 class Standing:
     "Where images stand between two looks: a number each for one image, an array each for many."
@@ -233,6 +236,7 @@ class Standing:
     @property
     def missing(self): return self.wanted - self.n
 
+# %% ../nbs/00_sequential.ipynb #e0a362fb
 @dataclass
 class Procedure:
     "When to look, what is proven by then, and when to stop. A subclass says `schedule`, `judge` and `name`."
@@ -329,7 +333,7 @@ class Fixed(Procedure):
 
     def judge(self, n, count, p_lower, u): return randomized_bound(count, n, self.alpha, u), 'end'
 
-# %% ../nbs/00_sequential.ipynb #45032e4e
+# %% ../nbs/00_sequential.ipynb #3b3408a2
 def table_radii(
     sigma:float,   # noise level
     n:int,         # votes at most
@@ -339,6 +343,7 @@ def table_radii(
     "The radii of the field's tables: from 0 on, up to 95 % of the largest that `n` votes can certify."
     return tuple(step * np.arange(int(.95 * max_radius(sigma, n, alpha) / step) + 1))
 
+# %% ../nbs/00_sequential.ipynb #45032e4e
 @dataclass
 class Sequential(Procedure):
     "The largest radius of a table, from as few votes as it takes."

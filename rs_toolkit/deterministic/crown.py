@@ -16,7 +16,7 @@ from .boxes import (BATCH_NORMS, SHAPES, Add, Box, Scale, SpatialMean, Subtract,
                                             exactly, fixed, prepare, propagate, settled, weigh)
 from ..models import Normalize
 
-# %% ../../nbs/deterministic/crown.ipynb #f6d35daa
+# %% ../../nbs/deterministic/crown.ipynb #834223d4
 def _linear_map(layer, A, box):
     "Any linear layer: by its gradient."
     questions = A.flatten(0, 1)
@@ -36,6 +36,7 @@ def _scale(layer, A, box):
 
 def _shape(layer, A, box): return [A.reshape(*A.shape[:2], *box.lower.shape[1:])], 0.
 
+# %% ../../nbs/deterministic/crown.ipynb #f6d35daa
 def _convolution(layer, A, box):
     if layer.padding_mode != 'zeros' or isinstance(layer.padding, str):
         return _linear_map(partial(weigh, layer), A, box)
@@ -67,7 +68,7 @@ BACKWARD = {nn.Linear: _matrix, nn.Conv2d: _convolution, Scale: _scale, nn.ReLU:
             Add: _sum, Subtract: _difference, **dict.fromkeys(SHAPES, _shape),
             **dict.fromkeys((Normalize, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean), _linear_map)}
 
-# %% ../../nbs/deterministic/crown.ipynb #82b784a8
+# %% ../../nbs/deterministic/crown.ipynb #b1840e6a
 def lower_bounds(
     steps,            # of `boxes.read`
     boxes,            # Box of each step; those before a ReLU say where it bends
@@ -90,6 +91,7 @@ def lower_bounds(
     radius = boxes[0].radius.flatten(1)
     return torch.einsum('bsn,bn->bs', A, centre) - torch.einsum('bsn,bn->bs', A.abs(), radius) + total
 
+# %% ../../nbs/deterministic/crown.ipynb #82b784a8
 def _is_exact(steps):
     "Whether interval bounds lose nothing: at most one layer mixes coordinates."
     alone = (*BATCH_NORMS, *SHAPES, Normalize)
@@ -120,7 +122,7 @@ def tighter(
         upper = upper.scatter(1, part, torch.minimum(high, upper.gather(1, part)))
     return Box(lower.unflatten(1, shape[1:]), upper.unflatten(1, shape[1:]))
 
-# %% ../../nbs/deterministic/crown.ipynb #9b0637e0
+# %% ../../nbs/deterministic/crown.ipynb #eae64ff8
 def layer_boxes(
     steps,              # of `boxes.read`
     box,                # of the images
@@ -137,6 +139,7 @@ def layer_boxes(
         boxes[before] = tighter(steps, boxes, before, questions, statistics)
     return boxes
 
+# %% ../../nbs/deterministic/crown.ipynb #9b0637e0
 def margins(
     steps,            # of `boxes.read`
     boxes,            # of `layer_boxes`
@@ -152,7 +155,7 @@ def margins(
         parts.append(lower_bounds(steps, boxes, len(steps) - 1, lead, statistics))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/crown.ipynb #fffcf733
+# %% ../../nbs/deterministic/crown.ipynb #b876eb7c
 INTERMEDIATE = ('ibp', 'crown')
 
 def check_steps(
@@ -166,6 +169,7 @@ def check_steps(
                              f"and a layer is never skipped. Known layers: {known}. "
                              "Interval bounds know more of them: boxes.margin_bounds")
 
+# %% ../../nbs/deterministic/crown.ipynb #fffcf733
 @torch.no_grad()
 def margin_bounds(
     model,                # nn.Module: images [b, C, H, W] -> logits [b, k]; bounded as in eval mode, and not changed
