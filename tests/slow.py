@@ -1,4 +1,5 @@
-"""Methods and attacks read a second time: plain NumPy in float64, with loops over images, noises and classes, and gradients by hand.
+"""Methods and attacks read a second time: plain NumPy in float64, with loops over images, noises and
+classes, and gradients by hand.
 
 Here is what those readings share, and what is checked of every method alike.
 """
@@ -56,7 +57,8 @@ def unit(g): return g / (np.linalg.norm(g) + 1e-8)
 def shrink(d, norm): return d * min(1, norm / max(np.linalg.norm(d), 1e-30))
 def radius_slope(p): return math.sqrt(2*math.pi) * math.exp(ndtri(p)**2 / 2)    # d Phi^-1 / dp
 
-def smoothed(net, x, noise): return average([softmax(net(x + delta)) for delta in noise])      # noise [m, d] of one image
+def smoothed(net, x, noise):                                                    # noise [m, d] of one image
+    return average([softmax(net(x + delta)) for delta in noise])
 
 def smoothed_slope(net, v, noise, y):
     "Gradient of -log(mean softmax)[y] for the image v."
@@ -106,7 +108,8 @@ def check_terms(case):
     terms = method(torch_net(BATCH.net), *BATCH.tensors)
     expected = reading(BATCH.net)
     np.testing.assert_array_equal(sorted(terms), sorted(expected))
-    for term in terms: np.testing.assert_allclose(terms[term].item(), expected[term], rtol=2e-5, atol=1e-6, err_msg=term)
+    for term in terms:
+        np.testing.assert_allclose(terms[term].item(), expected[term], rtol=2e-5, atol=1e-6, err_msg=term)
 
 def check_gradients(case):
     "Targets that are not detached take part in the gradient; attacked images and drawn numbers stay fixed."
@@ -173,7 +176,7 @@ def check_learns(method, arch='mlp', **training):
     assert accuracy > .85, f'noisy accuracy {accuracy:.3f}'
 
 def check_seeded(draw):
-    "`draw(epoch, seed, index)`: the same for the same image, seed and epoch, whatever the batch; another one otherwise."
+    "`draw(epoch, seed, index)`: the same for an image, a seed and an epoch, whatever the batch; else another."
     index = torch.arange(200)
     first = draw(0, 0, index)
     np.testing.assert_array_equal(draw(0, 0, index), first)
@@ -188,7 +191,8 @@ def check_seeded(draw):
 
 def refusals(**values):
     "Each argument with each of its values: (arguments, what the message must say)."
-    return [pytest.param({key: value}, f'{key}.*{value}', id=f'{key}={value}') for key, many in values.items() for value in many]
+    return [pytest.param({key: value}, f'{key}.*{value}', id=f'{key}={value}')
+            for key, many in values.items() for value in many]
 
 def weights(*names): return refusals(**{name: [-1.] for name in names})
 def counts(*names): return refusals(**{name: [0, -1, 1.5] for name in names})

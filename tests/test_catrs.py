@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from slow import (B, BATCH, COMMON, K, M, SIGMA, at_the_ends, average, bad, check_finite, check_gradients, check_learns,
-                  check_mean, check_refused, check_seeded, check_terms, counts, every, kl, log_softmax, shrink, softmax,
-                  torch_net, unit, weights, with_noise)
+from slow import (B, BATCH, COMMON, K, M, SIGMA, at_the_ends, average, bad, check_finite, check_gradients,
+                  check_learns, check_mean, check_refused, check_seeded, check_terms, counts, every, kl,
+                  log_softmax, onehot, shrink, softmax, torch_net, unit, weights, with_noise)
 
 from rs_toolkit import checkpoint
 from rs_toolkit.attacks import smoothed_pgd
@@ -18,7 +18,8 @@ from rs_toolkit.data import load
 from rs_toolkit.methods.catrs import CATRS
 
 DRAWN = np.array([3, 1, 2, 3, 3])                    # what CAT-RS would draw
-VOTES = np.array([[40, 7, 3], [5, 30, 15], [0, 10, 40], [20, 20, 10], [0, 0, 50]])   # stored predictions; two hold zeros
+# stored predictions; two hold zeros
+VOTES = np.array([[40, 7, 3], [5, 30, 15], [0, 10, 40], [20, 20, 10], [0, 0, 50]])
 STORED = VOTES / VOTES.sum(1, keepdims=True)
 
 def catrs(net, x, y, noise, moved, drawn, lbd):
@@ -122,7 +123,8 @@ def test_learns_digits(name, predictions):
     pytest.param(dict(predictions=None), 'None', id='no predictions'),
     pytest.param(dict(predictions=torch.tensor(VOTES[0])), r'\[3\]', id='predictions of one image'),
     pytest.param(dict(predictions=torch.tensor(STORED)), 'float', id='shares for counts')])
-def test_bad_arguments(arguments, message): check_refused(partial(CATRS, predictions=torch.tensor(VOTES)), arguments, message)
+def test_bad_arguments(arguments, message):
+    check_refused(partial(CATRS, predictions=torch.tensor(VOTES)), arguments, message)
 
 @pytest.mark.parametrize('predictions, message', [
     pytest.param(torch.ones(B, 7).long(), '[37].*[37]', id='other classes'),

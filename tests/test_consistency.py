@@ -3,8 +3,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from slow import (COMMON, at_the_ends, average, bad, check_finite, check_gradients, check_learns, check_mean, check_refused,
-                  check_terms, counts, every, gaussian, given_noise, kl, log_softmax, smoothed, weights, xent)
+from slow import (COMMON, at_the_ends, average, bad, check_finite, check_gradients, check_learns, check_mean,
+                  check_refused, check_terms, counts, every, gaussian, given_noise, kl, log_softmax, smoothed,
+                  weights, xent)
 
 from rs_toolkit.attacks import smoothed_pgd
 from rs_toolkit.methods.consistency import Consistency

@@ -1,4 +1,4 @@
-"""What methods cost: counted by the library, and written down here, by the published formulas (in units of plain training)."""
+"""What methods cost: counted by the library, and written down here by the published formulas."""
 import re
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ def network():
     torch.manual_seed(0)
     return build('small_cnn', 10, 1, 8)
 
-def count(method, model=None, labels=LABELS[:6]): return passes_of(method, model or network(), IMAGES[:6], labels, torch.arange(6))
+def count(method, model=None, labels=LABELS[:6]):
+    return passes_of(method, model or network(), IMAGES[:6], labels, torch.arange(6))
 
 def attacked(m, attack, T, **kwargs): return Gaussian(.25, num_noise=m, attack=partial(attack, steps=T), **kwargs)
 def votes(): return torch.ones(len(IMAGES), 10).long()
@@ -47,12 +48,14 @@ COST = {  # name -> method, its passes for one clean image, and the formula: m n
     'before the attack': (lambda: attacked(4, sphere_attack, 6, ramp=switch_on(1)), Passes(4, 4), 4),
     'macer': (lambda: MACER(.25, num_noise=16), Passes(16, 16), 16),
     'consistency': (lambda: Consistency(.25, num_noise=2), Passes(2, 2), 2),
-    'consistency, attacked': (lambda: Consistency(.25, num_noise=2, attack=partial(smoothed_pgd, steps=10)), Passes(22, 2, 20),
-                              2 * (2*10 + 3) / 3),
+    'consistency, attacked': (lambda: Consistency(.25, num_noise=2, attack=partial(smoothed_pgd, steps=10)),
+                              Passes(22, 2, 20), 2 * (2*10 + 3) / 3),
     'smoothmix': (lambda: SmoothMix(.25, num_noise=2, steps=4), Passes(12, 4, 8), 2 * (2*4 + 6) / 3),
-    'smoothmix one-step': (lambda: SmoothMix(.25, num_noise=2, steps=4, mix_step=1), Passes(12, 4, 8), 2 * (2*4 + 6) / 3),
+    'smoothmix one-step': (lambda: SmoothMix(.25, num_noise=2, steps=4, mix_step=1), Passes(12, 4, 8),
+                           2 * (2*4 + 6) / 3),
     'catrs': (lambda: CATRS(.25, votes(), num_noise=4, steps=4), Passes(24, 8, 16), 4 * (2*4 + 6) / 3),
-    'sodm': (lambda: SODM(.25, 10, num_noise=16, mapping_noise=128, interval=5), Passes(16 + 128/5, 16), 16 + 128 / (3*5)),
+    'sodm': (lambda: SODM(.25, 10, num_noise=16, mapping_noise=128, interval=5), Passes(16 + 128/5, 16),
+             16 + 128 / (3*5)),
     'sodm without mapping': (lambda: SODM(.25, 10, mapping='none', num_noise=16), Passes(16, 16), 16),
     'crt': (lambda: CRT(.25, build('mlp', 10, 1, 8)), Passes(1, 1, teacher=1), 4/3),
 }

@@ -3,8 +3,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from slow import (BATCH, COMMON, D, M, SIGMA, Net, at_the_ends, average, bad, check_finite, check_gradients, check_learns,
-                  check_mean, check_refused, counts, every, make_batch, softmax, torch_net, with_noise)
+from slow import (BATCH, COMMON, D, M, SIGMA, Net, at_the_ends, average, bad, check_finite, check_gradients,
+                  check_learns, check_mean, check_refused, counts, every, make_batch, softmax, torch_net,
+                  with_noise)
 
 from rs_toolkit import checkpoint
 from rs_toolkit.common import data_folder
@@ -13,7 +14,7 @@ from rs_toolkit.methods.crt import CRT
 TEACHER = make_batch(seed=7).net
 
 def crt(net, x, noise, teacher, match, norm):
-    "Vaishnavi et al. (2022): distance of teacher and student, in their code of logits, in their text of softmax outputs."
+    "Vaishnavi et al. (2022): distance of teacher and student, in their code of logits, in their text of softmax."
     def space(z): return softmax(z) if match == 'softmax' else z
     gaps = []
     for delta in noise:
@@ -22,7 +23,8 @@ def crt(net, x, noise, teacher, match, norm):
             gaps.append(np.linalg.norm(space(net(noisy)) - space(teacher(noisy))))
     return {'transfer': average([gap**2 if norm == 'l2_squared' else gap for gap in gaps])}
 
-SETTINGS = {f'{match} {norm}': dict(match=match, norm=norm) for match in ('logits', 'softmax') for norm in ('l2', 'l2_squared')}
+SETTINGS = {f'{match} {norm}': dict(match=match, norm=norm)
+            for match in ('logits', 'softmax') for norm in ('l2', 'l2_squared')}
 
 def case_of(match, norm):
     def case(batch):

@@ -1,4 +1,4 @@
-"""The curriculum of the ACR paper on a plane whose votes are known: what it drops, what it draws, when it counts again."""
+"""The curriculum of the ACR paper on a plane whose votes are known: what it drops and draws, and when it counts."""
 from functools import partial
 
 import numpy as np

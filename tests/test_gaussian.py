@@ -3,8 +3,8 @@ from functools import partial
 
 import pytest
 import torch
-from slow import (BATCH, COMMON, M, SIGMA, at_the_ends, bad, check_finite, check_gradients, check_learns, check_mean,
-                  check_refused, counts, every, gaussian, given_noise, torch_net, with_noise)
+from slow import (BATCH, COMMON, M, SIGMA, at_the_ends, bad, check_finite, check_gradients, check_learns,
+                  check_mean, check_refused, counts, every, gaussian, given_noise, torch_net, with_noise)
 from torch import nn
 
 from rs_toolkit.attacks import ATTACKS, smoothed_pgd, sphere_attack

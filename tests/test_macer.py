@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import ndtri
-from slow import (B, BATCH, COMMON, M, ONE_IMAGE, SIGMA, at_the_ends, average, bad, check_finite, check_gradients, check_learns,
-                  check_mean, check_refused, check_terms, counts, every, given_noise, onehot, radius_slope, smoothed, softmax,
-                  torch_net, weights, with_noise)
+from slow import (B, BATCH, COMMON, M, ONE_IMAGE, SIGMA, at_the_ends, average, bad, check_finite,
+                  check_gradients, check_learns, check_mean, check_refused, check_terms, counts, every,
+                  given_noise, onehot, radius_slope, smoothed, softmax, torch_net, weights, with_noise)
 
 from rs_toolkit.methods.macer import MACER
 

@@ -4,9 +4,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from slow import (B, BATCH, COMMON, K, M, SIGMA, at_the_ends, bad, check_finite, check_gradients, check_learns, check_mean,
-                  check_refused, check_seeded, check_terms, counts, every, gaussian, kl, log_softmax, shrink, smoothed,
-                  smoothed_slope, unit, weights, with_noise)
+from slow import (B, BATCH, COMMON, K, M, SIGMA, at_the_ends, bad, check_finite, check_gradients,
+                  check_learns, check_mean, check_refused, check_seeded, check_terms, counts, every, gaussian,
+                  kl, log_softmax, shrink, smoothed, smoothed_slope, unit, weights, with_noise)
 
 from rs_toolkit.attacks import smoothed_pgd
 from rs_toolkit.methods.smoothmix import SmoothMix

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import ndtri
-from slow import (BATCH, COMMON, D, K, M, ONE_IMAGE, SIGMA, at_the_ends, average, bad, check_finite, check_gradients,
-                  check_learns, check_mean, check_refused, check_terms, counts, every, onehot, radius_slope,
-                  smoothed, softmax, torch_net, weights, with_noise)
+from slow import (BATCH, COMMON, D, K, M, ONE_IMAGE, SIGMA, at_the_ends, average, bad, check_finite,
+                  check_gradients, check_learns, check_mean, check_refused, check_terms, counts, every,
+                  onehot, radius_slope, smoothed, softmax, torch_net, weights, with_noise)
 from torch import nn
 
 from rs_toolkit.methods.sodm import MAPPINGS, SODM
 
 def sodm(net, x, y, noise, mapping, rho, beta):
-    "The loss of SODM's Algorithm 1 (lines 4 and 5): accuracy for wrong images, Phi^-1 for right ones below rho, nothing above."
+    "SODM's Algorithm 1 (lines 4 and 5): accuracy for wrong images, Phi^-1 for right ones below rho, nothing above."
     accuracy = radius = 0
     for i in range(len(x)):
         g = average([mapping(net(x[i] + delta[i])) for delta in noise])

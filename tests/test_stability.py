@@ -1,6 +1,6 @@
 """Stability training: the formula's value is in its notebook, its gradient here (the clean target is not detached)."""
-from slow import (COMMON, at_the_ends, average, bad, check_finite, check_gradients, check_learns, check_mean, check_refused,
-                  counts, given_noise, log_softmax, softmax, weights, xent)
+from slow import (COMMON, at_the_ends, average, bad, check_finite, check_gradients, check_learns, check_mean,
+                  check_refused, counts, given_noise, log_softmax, softmax, weights, xent)
 
 from rs_toolkit.methods.stability import Stability
 

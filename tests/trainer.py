@@ -1,4 +1,7 @@
-"""Trains on digits with each method named, and leaves weights and losses: `trainer.py FOLDER PROCESSES METHOD ...`."""
+"""Trains on digits, with each method named, and writes weights and losses: `trainer.py FOLDER PROCESSES METHOD ...`.
+
+Goes on where it was killed.
+"""
 import json
 import os
 import sys
@@ -28,29 +31,32 @@ def counts(): return torch.randint(0, 50, (SIZE, 10), generator=torch.Generator(
 
 METHODS = {  # the method, and the curriculum
     'stability': lambda: (Stability(.25), None),
-    'smoothadv': lambda: (Gaussian(.25, num_noise=2, attack=partial(smoothed_pgd, eps=.2, steps=2), ramp=warm_up(2)), None),
+    'smoothadv': lambda: (Gaussian(.25, num_noise=2, attack=partial(smoothed_pgd, eps=.2, steps=2), ramp=warm_up(2)),
+                          None),
     'consistency_ddn': lambda: (Consistency(.25, lbd=2., num_noise=2, attack=partial(ddn, eps=.2, steps=2)), None),
     'macer': lambda: (MACER(.25, lbd=2., defer=1, num_noise=4), None),
     'smoothmix': lambda: (SmoothMix(.25, steps=2, step_size=.2, num_noise=2, ramp=warm_up(2)), None),
     'catrs': lambda: (CATRS(.25, counts(), eps=.2, steps=2, num_noise=2), None),
     'sodm': lambda: (SODM(.25, 10, mapping_noise=8, interval=2, num_noise=2), None),
     'crt': lambda: (CRT(.25, build('mlp', 10, 1, 8)), None),
-    'easy_data': lambda: (Gaussian(.25, num_noise=2, attack=partial(sphere_attack, eps=.2, steps=2), ramp=switch_on(1)), EasyData(.25, start=1, threshold=.05, every=2))}
+    'easy_data': lambda: (Gaussian(.25, num_noise=2, attack=partial(sphere_attack, eps=.2, steps=2), ramp=switch_on(1)),
+                          EasyData(.25, start=1, threshold=.05, every=2))}
 
-def train(out, processes, names):
-    "Train with each method named, or go on where it was killed; leave weights and losses."
+if __name__ == '__main__':
+    out = Path(sys.argv[1])
+    processes = int(sys.argv[2])
     rank = os.environ.get('RANK', '0')
-    images, labels = load('digits', 'train')
-    for name in names:
+    images, labels = (t[:SIZE] for t in load('digits', 'train'))
+    for name in sys.argv[3:]:
         torch.manual_seed(0)
         model = build('small_cnn', 10, 1, 8)
         method, curriculum = METHODS[name]()
-        history = fit(model, method, (images[:SIZE], labels[:SIZE]), 6, batch_size=61, lr=.02, device='cpu',
-                      curriculum=curriculum, micro_batch=16, processes=processes, resume=out/f'{name}.state',
-                      progress=False)
-        weights = {f'model.{k}': v for k, v in model.state_dict().items()}
-        weights |= {f'method.{k}': v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
+        history = fit(model, method, (images, labels), 6, batch_size=61, lr=.02, device='cpu', curriculum=curriculum,
+                      micro_batch=16, processes=processes,
+                      resume=out/f'{name}.state', progress=False)
+        weights = {}
+        for part, module in ('model', model), ('method', method):
+            for k, v in module.state_dict().items():
+                if isinstance(v, torch.Tensor): weights[f'{part}.{k}'] = v
         torch.save(weights, out/f'{name}.{rank}.pt')
         (out/f'{name}.json').write_text(json.dumps(history.drop(columns='seconds').to_dict('list')))
-
-if __name__ == '__main__': train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

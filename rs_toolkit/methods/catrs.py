@@ -124,7 +124,8 @@ def check_predictions(
 ):                 # the same
     "Refuse what is not a whole number for each training image and class."
     if not isinstance(predictions, torch.Tensor): got = repr(predictions)
-    elif predictions.dim() == 2 and not predictions.is_floating_point() and (predictions.sum(1) > 0).all(): return predictions
+    elif predictions.dim() == 2 and not predictions.is_floating_point() and (predictions.sum(1) > 0).all():
+        return predictions
     else: got = f'{predictions.dtype} {list(predictions.shape)}'
     raise ValueError("CAT-RS needs the class counts (whole numbers [N, k]) of every training image, "
                      f"got {got}: make them with `smoothed_predictions`")
@@ -144,7 +145,8 @@ class CATRS(Method):
         super().__init__(sigma, **kwargs)
         if confidence not in CONFIDENCES: raise unknown('confidence', confidence, CONFIDENCES)
         if self.attack:
-            raise ValueError("CAT-RS brings an attack of its own, whose `eps` and `steps` are its arguments: leave `attack` out")
+            raise ValueError("CAT-RS brings an attack of its own, whose `eps` and `steps` are its arguments: "
+                             "leave `attack` out")
         predictions = check_predictions(predictions)
         self.eps = budget(eps, 1.)
         self.steps = check_samples(steps, 'steps')
@@ -171,8 +173,8 @@ class CATRS(Method):
 
     def low(self, logp, y, kept):
         "The smallest losses of each image, as many as are kept [b]."
-        # [m, b], ascending
-        losses = -logp[:, torch.arange(len(y), device=y.device), y].sort(dim=0, descending=True).values
+        logp = logp[:, torch.arange(len(y), device=y.device), y]
+        losses = -logp.sort(dim=0, descending=True).values                     # [m, b], ascending
         return losses.where(torch.arange(len(losses), device=y.device)[:, None] < kept, 0.).mean(0)
 
     def high(self, model, x, stored, noise):

@@ -53,7 +53,7 @@ MAPPINGS = {'temperature': Temperature, 'residual': Residual, 'none': Mapping}
 
 # %% ../../nbs/methods/sodm.ipynb #5cf102e3
 class SODM(Method):
-    "Optimise accuracy, then radius, through a learned map from logits to votes (SODM, CVPR 2021 submission, algorithm 1)."
+    "Accuracy, then radius, through a learned map from logits to votes (SODM, CVPR 2021 submission, algorithm 1)."
     timed = ('boost_from',)
 
     def __init__(self,
@@ -62,7 +62,7 @@ class SODM(Method):
         mapping='temperature',  # temperature, residual or none
         rho=.99,                # vote share beyond which an image is left alone
         beta=6.,                # weight of the radius
-        boost_from=None,        # epoch, or part of the run (between 0 and 1), from which beta is multiplied by `boost`; None: never
+        boost_from=None,        # epoch, or part of the run, from which beta is multiplied by `boost`; None: never
         boost=10.,              # the factor
         mapping_noise=128,      # noise copies for the update of the mapping, n'
         interval=5,             # steps between two updates of the mapping
