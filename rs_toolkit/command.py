@@ -162,7 +162,7 @@ def verb(
     return RunsNotebook(name, callback=call, params=options, help=words)
 
 # %% ../nbs/17_command.ipynb #b4ee3e81
-@click.group(context_settings=dict(help_option_names=['-h', '--help']))
+@click.group('rs-toolkit', context_settings=dict(help_option_names=['-h', '--help']))
 @click.version_option(package_name='rs_toolkit')
 def main():
     """Randomized smoothing: train, certify, compare, and a laboratory to explore.
