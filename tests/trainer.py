@@ -28,14 +28,16 @@ def counts(): return torch.randint(0, 50, (SIZE, 10), generator=torch.Generator(
 
 METHODS = {  # the method, and the curriculum
     'stability': lambda: (Stability(.25), None),
-    'smoothadv': lambda: (Gaussian(.25, num_noise=2, attack=partial(smoothed_pgd, eps=.2, steps=2), ramp=warm_up(2)), None),
+    'smoothadv': lambda: (Gaussian(.25, num_noise=2, attack=partial(smoothed_pgd, eps=.2, steps=2), ramp=warm_up(2)),
+                          None),
     'consistency_ddn': lambda: (Consistency(.25, lbd=2., num_noise=2, attack=partial(ddn, eps=.2, steps=2)), None),
     'macer': lambda: (MACER(.25, lbd=2., defer=1, num_noise=4), None),
     'smoothmix': lambda: (SmoothMix(.25, steps=2, step_size=.2, num_noise=2, ramp=warm_up(2)), None),
     'catrs': lambda: (CATRS(.25, counts(), eps=.2, steps=2, num_noise=2), None),
     'sodm': lambda: (SODM(.25, 10, mapping_noise=8, interval=2, num_noise=2), None),
     'crt': lambda: (CRT(.25, build('mlp', 10, 1, 8)), None),
-    'easy_data': lambda: (Gaussian(.25, num_noise=2, attack=partial(sphere_attack, eps=.2, steps=2), ramp=switch_on(1)), EasyData(.25, start=1, threshold=.05, every=2))}
+    'easy_data': lambda: (Gaussian(.25, num_noise=2, attack=partial(sphere_attack, eps=.2, steps=2), ramp=switch_on(1)),
+                          EasyData(.25, start=1, threshold=.05, every=2))}
 
 def train(out, processes, names):
     "Train with each method named, or go on where it was killed; leave weights and losses."
