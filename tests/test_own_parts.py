@@ -1,12 +1,12 @@
 "Parts of one's own: named by their module, checked before any work, usable to the end."
 import json
-import subprocess
 import sys
 
 import pytest
 
-from rs_toolkit.attacks import ATTACKS
+from forked import forked
 from rs_toolkit import catalogue
+from rs_toolkit.attacks import ATTACKS
 from rs_toolkit.catalogue import Entry
 from rs_toolkit.data import load
 from rs_toolkit.models import build
@@ -14,7 +14,7 @@ from rs_toolkit.recipe import Parts, arguments
 from rs_toolkit.run import open_run
 from rs_toolkit.train import fit
 from test_recipes import asked, choose_parts, prepare
-from test_runs import ENV, record, succeed
+from test_runs import record, succeed
 
 MODULE = '''
 import torch
@@ -149,16 +149,14 @@ def test_one_entry_brings_a_method_into_the_laboratory(own, monkeypatch):
     with pytest.raises(ValueError, match="unknown method 'brir': did you mean 'brier'"):
         choose_parts(asked(dict(method='brir')))
 
+def imported_for_macer():
+    parts(method='macer')
+    print(*(name for name in sys.modules if name.startswith('rs_toolkit.methods.')))
+
 def test_a_run_imports_the_method_it_needs_and_no_other():
-    code = """
-import sys
-from rs_toolkit.recipe import Parts
-Parts(sigma=.25, seed=0, num_noise=2, method='macer', method_args={}, attack='none', attack_args={}, ramp={},
-      curriculum='none', curriculum_args={})
-print(*(name.rpartition('.')[2] for name in sys.modules if name.startswith('rs_toolkit.methods.')))
-"""
-    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, check=True)
-    imported = set(done.stdout.split())
+    code, said = forked(imported_for_macer)
+    assert code == 0, said
+    imported = {name.rpartition('.')[2] for name in said.split()}
     assert 'macer' in imported
     assert imported <= {'core', 'macer', 'gaussian', 'catrs'}, 'teachers and their predictions are made by the last two'
 

@@ -217,7 +217,8 @@ def test_a_teacher_that_is_opened_must_agree():
 
 # --- the published numbers, typed from the papers: a change of a recipe that leaves its setting fails here ---
 
-SCHEDULE = {                                    # network, epochs, lr, its drops, weight decay, noisy images per optimizer step
+# network, epochs, lr, its drops, weight decay, noisy images per optimizer step
+SCHEDULE = {
     'cifar10': ('cifar_resnet110', 150, .1, [50, 100], 1e-4, 256),
     'mnist': ('lenet', 90, .01, [30, 60], 1e-4, 256),
     'imagenet': ('resnet50', 90, .1, [30, 60], 1e-4, 400),

@@ -1,6 +1,5 @@
 "Training that is shared by processes, or killed, ends where undisturbed training ends."
 import json
-import multiprocessing
 import os
 import random
 import subprocess
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import trainer
+from forked import SERVER
 from rs_toolkit.attacks import smoothed_pgd
 from rs_toolkit.curriculum import EasyData
 from rs_toolkit.data import load
@@ -27,25 +27,17 @@ from rs_toolkit.models import build, weights_hash
 from rs_toolkit.train import describe, fit
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/"tests"}'}
+ENV = os.environ | {'PYTHONPATH': str(ROOT)}
 SHARED = ['easy_data', 'smoothmix', 'catrs', 'sodm']           # draws, buffers, weights and a second network
 
-@pytest.fixture(scope='module')
-def start():
-    "Starts a function in a process of its own, which need not import torch: it is forked from one that has."
-    forks = multiprocessing.get_context('forkserver')
-    forks.set_forkserver_preload(['trainer'])
-    def start(target, *args):
-        process = forks.Process(target=target, args=args)
-        process.start()
-        return process
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', ENV['PYTHONPATH'])
-        yield start
+def start(target, *args):
+    "A function in a process of its own, which can be killed."
+    process = SERVER.Process(target=target, args=args)
+    process.start()
+    return process
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory, start):
+def undisturbed(tmp_path_factory):
     "Every method, in one process, from beginning to end."
     folder = tmp_path_factory.mktemp('undisturbed')
     process = start(trainer.train, folder, 1, list(trainer.METHODS))
@@ -85,7 +77,7 @@ def wait_for(path, process, seconds=120):
     end = time.monotonic() + seconds
     while not path.exists() and process.is_alive() and time.monotonic() < end: time.sleep(.002)
 
-def test_every_method_survives_being_killed(undisturbed, start, tmp_path):
+def test_every_method_survives_being_killed(undisturbed, tmp_path):
     hit = []                                                              # killed while they trained
     for name in trainer.METHODS:
         process = start(trainer.train, tmp_path, 1, [name])
@@ -109,7 +101,7 @@ def train_with_words(path, *args):
     sys.stderr = open(path, 'w')
     trainer.train(*args)
 
-def test_sigterm_says_how_to_go_on(start, tmp_path):
+def test_sigterm_says_how_to_go_on(tmp_path):
     process = start(train_with_words, tmp_path/'words', tmp_path, 1, ['macer'])
     wait_for(tmp_path/'macer.state', process)
     process.terminate()                                                   # SIGTERM
