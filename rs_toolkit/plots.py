@@ -78,7 +78,7 @@ def layout(
     fig.update_layout(title=heading, height=420, margin=margin, hovermode='x')
     return common_look(fig, **more).update_xaxes(zeroline=False).update_yaxes(zeroline=False)
 
-# %% ../nbs/07_plots.ipynb #ee40a7c4
+# %% ../nbs/07_plots.ipynb #5395b3ae
 def name_ends(
     fig:go.Figure,      # changed in place
     ends:list,          # (name, x, y, colour) of each line's end
@@ -99,6 +99,7 @@ def name_ends(
                            **where)
     return fig
 
+# %% ../nbs/07_plots.ipynb #ee40a7c4
 def _heights_between(lines, left, right):
     "Where lines run between two places of x, those on the axis apart."
     heights = [y[(x > left) & (x < right) & (y != 0)] for x, y in lines]
@@ -128,7 +129,7 @@ def apart(
     placed = np.minimum(placed, high - gap * above)
     return placed[np.argsort(order)]
 
-# %% ../nbs/07_plots.ipynb #f8cdad3c
+# %% ../nbs/07_plots.ipynb #dc5b51c5
 def certified_accuracy_curve(
     logs:dict,            # name -> log
     title='',             # the finding
@@ -152,6 +153,7 @@ def certified_accuracy_curve(
     return layout(fig, title, xaxis=dict(title='certified ℓ<sub>2</sub> radius (pixel units)', range=[0, 1.02 * stop]),
                   yaxis=dict(title='certified accuracy', range=[0, 1.01], tickformat='.0%'))
 
+# %% ../nbs/07_plots.ipynb #f8cdad3c
 def _add_envelope(fig, logs, radii):
     line = dict(shape='vh', width=9, color='rgba(0,114,178,.18)')
     y = best_of(logs, radii).certified_accuracy
@@ -159,7 +161,7 @@ def _add_envelope(fig, logs, radii):
     fig.add_annotation(x=1, xref='paper', y=1, yref='paper', text='wide band: best of all,<br>not one classifier',
                        font_color='#5b8fb5', showarrow=False, align='right', xanchor='right')
 
-# %% ../nbs/07_plots.ipynb #92b167db
+# %% ../nbs/07_plots.ipynb #ce1dfd10
 def p_a_survival_curve(
     logs:dict,  # name -> log
     title='',   # the finding
@@ -178,6 +180,7 @@ def p_a_difference_curve(
     curves = {name: curve - survivals[baseline] for name, curve in survivals.items()}
     return _p_a_figure(logs, curves, title, dict(title=f'more images than {baseline}', tickformat='+.0%'))
 
+# %% ../nbs/07_plots.ipynb #92b167db
 def _survivals(logs): return {name: p_a_survival(log, radii_grid(1, 1000)) for name, log in logs.items()}
 
 def _p_a_figure(logs, curves, title, yaxis):

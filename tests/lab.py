@@ -127,7 +127,8 @@ def lab(root):
             file.write_text(json.dumps(values))
         server_app = dict(ip='127.0.0.1', port_retries=0, root_dir=root, allow_root=True)
         lab_app = dict(user_settings_dir=home/'settings', workspaces_dir=home/'workspaces',
-                       extension_manager='readonly', check_for_updates_class='jupyterlab.NeverCheckForUpdate', news_url='None')
+                       extension_manager='readonly', news_url='None',
+                       check_for_updates_class='jupyterlab.NeverCheckForUpdate')
         flags = [f'--ServerApp.{name}={value}' for name, value in server_app.items()]
         flags += [f'--LabApp.{name}={value}' for name, value in lab_app.items()]
         with serve(home, 'api', 'jupyterlab', '--no-browser', '--expose-app-in-browser', *flags) as server: yield server

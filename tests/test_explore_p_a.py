@@ -21,8 +21,10 @@ BOTH = 'digits, σ = .25 and .5'
 JPEG = 'CIFAR-10 (JPEG copy), σ = .25'
 FIRST = 'Gaussian m=4', 'SmoothAdv', 'CAT-RS', 'ACR paper'
 PANELS = 'survival', 'difference', 'share', 'accuracy'
-NAMES = {'gaussian': 'Gaussian m=1', 'gaussian4': 'Gaussian m=4', 'smoothadv': 'SmoothAdv', 'catrs': 'CAT-RS', 'acr': 'ACR paper'}
-FOLDERS = {name: f'digits-methods/equal_epochs/{key}' for key, name in NAMES.items()} | {'my digits-gaussian': 'digits-gaussian'}
+NAMES = {'gaussian': 'Gaussian m=1', 'gaussian4': 'Gaussian m=4', 'smoothadv': 'SmoothAdv', 'catrs': 'CAT-RS',
+         'acr': 'ACR paper'}
+FOLDERS = {name: f'digits-methods/equal_epochs/{key}' for key, name in NAMES.items()}
+FOLDERS['my digits-gaussian'] = 'digits-gaussian'
 CIFAR = {'Gaussian': 'cifar10-gaussian', 'CRT': 'cifar10-crt'}
 COLOURS = {'Gaussian m=4': '#555555', 'Gaussian m=1': '#000000', 'SmoothAdv': '#C98500', 'CAT-RS': '#882255',
            'ACR paper': '#0072B2', 'Gaussian': '#555555', 'CRT': '#D55E00'}
@@ -38,7 +40,7 @@ def picture(explorer):
     return hash((*drawn, *ranges))
 
 def certified(rows, n, alpha):
-    "What each image gets, from the file and a textbook: the share, the credited radius, and whether there is an answer."
+    "What each image gets, from the file and a textbook: the share, the credited radius, whether there is no answer."
     drawn = rows.n.iloc[0]
     votes = rows.n_a + (n - drawn) * (rows.n_a + .5) / (drawn + 1)                # n = drawn: what was counted
     bound = beta.ppf(alpha, votes, n - votes + 1)

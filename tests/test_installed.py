@@ -65,7 +65,10 @@ def test_the_source_distribution_is_the_project(wheel):
     assert wanted - names == set()
 
 def test_an_installed_package_finds_what_it_came_with(site, env, tmp_path):
-    code = 'from rs_toolkit.common import *; print(package_folder(), data_folder(), locate("recipes/README.md"), sep="\\n")'
+    code = """
+from rs_toolkit.common import data_folder, locate, package_folder
+for path in package_folder(), data_folder(), locate('recipes/README.md'): print(path)
+"""
     home = site/'rs_toolkit/shipped'
     told = run(sys.executable, '-c', code, cwd=tmp_path, **env).splitlines()
     assert told == [str(home), str(home/'data'), str(home/'recipes/README.md')]
@@ -78,8 +81,8 @@ def test_compare_runs_from_anywhere(site, env, tmp_path):
 
 def test_train_runs_from_anywhere_with_a_recipe(site, env, tmp_path):
     values = '{arch: mlp, epochs: 1, n: 100, every: 60}'
-    told = run(site/'bin/rs-toolkit', 'train', '-f', 'recipes/digits/gaussian_0.5.yaml', '-y', values, '-p', 'out', 'mine',
-               cwd=tmp_path, **env)
+    options = ['-f', 'recipes/digits/gaussian_0.5.yaml', '-y', values, '-p', 'out', 'mine']
+    told = run(site/'bin/rs-toolkit', 'train', *options, cwd=tmp_path, **env)
     assert 'done, in mine' in told
     record = json.loads((tmp_path/'mine/metrics.json').read_text())
     assert (record['sigma'], record['arch'], record['images']) == (.5, 'mlp', 6)

@@ -21,7 +21,7 @@ def render(folder):
     parts = []
     pictures = 0
     for cell in notebook.cells:
-        if cell.cell_type == 'markdown': parts.append(cell.source.replace('](explore/', '](nbs/explore/'))
+        if cell.cell_type == 'markdown': parts.append(from_top(cell.source))
         if cell.cell_type != 'code' or '#| hide' in cell.source.split('\n'): continue
         parts.append(code(cell.source))
         for output in cell.outputs:
@@ -31,6 +31,10 @@ def render(folder):
                 parts.append(picture(data['image/png'], f'nbs/images/index_{pictures}.png', folder))
             elif text(output): parts.append(text(output))
     (folder/'README.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
+
+def from_top(text):
+    "Links of the notebook, which lies in nbs/, as README has them."
+    return text.replace('](explore/', '](nbs/explore/').replace('](../', '](')
 
 def code(source):
     "A cell as a block of Python, without nbdev's directives."

@@ -171,7 +171,8 @@ class CATRS(Method):
 
     def low(self, logp, y, kept):
         "The smallest losses of each image, as many as are kept [b]."
-        losses = -logp[:, torch.arange(len(y), device=y.device), y].sort(dim=0, descending=True).values     # [m, b], ascending
+        # [m, b], ascending
+        losses = -logp[:, torch.arange(len(y), device=y.device), y].sort(dim=0, descending=True).values
         return losses.where(torch.arange(len(losses), device=y.device)[:, None] < kept, 0.).mean(0)
 
     def high(self, model, x, stored, noise):
