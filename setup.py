@@ -15,7 +15,7 @@ LEFT_OUT = shutil.ignore_patterns(".*", "*.lock", "cache", "export", "runs")
 
 
 class BuildWithFolders(build_py):
-    "What lies beside the package in a clone lies within it once installed: `rs_toolkit.common.package_folder` finds both."
+    "What lies beside the package in a clone lies within it once installed; `common.package_folder` finds both."
 
     def run(self):
         super().run()

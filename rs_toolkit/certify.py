@@ -12,8 +12,9 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
@@ -35,6 +36,7 @@ from .noise import CHUNK, ESTIMATION, PREDICTION, SELECTION, as_logits, gaussian
 # %% ../nbs/05_certify.ipynb #0645274d
 ABSTAIN = -1
 
+# %% ../nbs/05_certify.ipynb #972e4c32
 @dataclass(frozen=True)
 class Certificate:
     "What we can promise about one image (CERTIFY of Cohen et al., 2019)."
@@ -79,7 +81,6 @@ def _fast(model, x):
 # %% ../nbs/05_certify.ipynb #7d462b07
 def _weights_type(model, precision):
     "The type of half-precision weights, else None; raises if the run's precision is another."
-    if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
     types = {t.dtype for t in model_tensors(model) if t.is_floating_point()} - {torch.float32}
     if not types: return None
     names = [str(t).removeprefix('torch.') for t in types]
@@ -129,31 +130,53 @@ def _noisy(x, sigma, copies=1):
 # %% ../nbs/05_certify.ipynb #581f1ab9
 @dataclass(frozen=True)
 class Settings:
-    "How the votes of every image are drawn, and what they should promise; checked, and as plain numbers."
+    "How the votes of every image are drawn, and what they should promise."
     sigma: float               # noise level, in [0,1]-pixel units
     phases: dict               # phase -> samples of an image, in the order in which they are drawn
+    _: KW_ONLY
     alpha: float = .001        # chance that the promise about an image is wrong
     seed: int = 0              # of the noise
     batch_size: int = None     # noisy images per forward pass; None: what suits the device
     precision: str = 'float32' # of the forward pass
 
     def __post_init__(self):
-        names = {SELECTION: 'n0', ESTIMATION: 'n', PREDICTION: 'n'}
-        put = partial(object.__setattr__, self)
-        put('sigma', check_sigma(self.sigma))
-        put('phases', {phase: check_samples(size, names[phase]) for phase, size in self.phases.items()})
-        put('alpha', check_alpha(self.alpha))
-        put('seed', plain_number(self.seed))
-        if self.batch_size is not None: put('batch_size', check_samples(self.batch_size, 'batch_size'))
+        for name, value in _plain(self).items(): object.__setattr__(self, name, value)
 
     @property
-    def per_image(self): return sum(self.phases.values())
+    def ends(self): return list(accumulate(self.phases.values()))    # of the phases, in rows of an image
+    @property
+    def per_image(self): return self.ends[-1]
 
     def rows_on(self, device):
         "Noisy images per forward pass on a device."
         return self.batch_size or (CHUNK if device.type == 'cpu' else 1000)
 
+# %% ../nbs/05_certify.ipynb #330cdfbe
+LARGEST_SIGMA = 2.   # nothing published smooths [0,1]-pixels with more than 1
+
+def _plain(settings):
+    "What was asked for, checked: name -> value."
+    names = {SELECTION: 'n0', ESTIMATION: 'n', PREDICTION: 'n'}
+    sigma = check_sigma(settings.sigma)
+    if sigma > LARGEST_SIGMA:
+        warnings.warn(f"sigma={sigma:g} is in [0,1]-pixel units, and the whole range of a pixel is 1: for a noise "
+                      f"level in 0-255 units give sigma={sigma/255:.3g}", stacklevel=5)
+    if settings.precision not in PRECISIONS: raise unknown('precision', settings.precision, PRECISIONS)
+    given = settings.batch_size
+    return dict(sigma=sigma, alpha=check_alpha(settings.alpha), seed=plain_number(settings.seed),
+                phases={phase: check_samples(size, names[phase]) for phase, size in settings.phases.items()},
+                batch_size=None if given is None else check_samples(given, 'batch_size'))
+
 # %% ../nbs/05_certify.ipynb #3288195e
+def _whose(rows, settings, device):
+    "Of rows start to stop of the stream: the position of their image, and the number of their phase."
+    rows = torch.arange(rows.start, rows.stop, device=device)
+    place = rows % settings.per_image
+    phase = torch.zeros_like(place)
+    for end in settings.ends[:-1]: phase += place >= end
+    return rows // settings.per_image, phase
+
+# %% ../nbs/05_certify.ipynb #fe2f209a
 def _chunks(images, idx, settings, device):
     "Yields each image [H, W, C], again and again, with its next noise [at most CHUNK, H, W, C]."
     c, h, w = images.shape[1:]
@@ -165,6 +188,7 @@ def _chunks(images, idx, settings, device):
                 noise_chunk(noise, settings.seed, int(i), phase, start // CHUNK)
                 yield image, noise[:size - start]
 
+# %% ../nbs/05_certify.ipynb #b4bc1eba
 def _noisy_batches(images, idx, settings, device):
     "Yields the rows of the stream in batches [b, C, H, W]; all but the last are full."
     c, h, w = images.shape[1:]
@@ -183,19 +207,17 @@ def _noisy_batches(images, idx, settings, device):
     if filled: yield buffer[:filled].permute(0, 3, 1, 2)
 
 # %% ../nbs/05_certify.ipynb #cc039a22
-def _classes(model, images, idx, settings):
-    "Yields, batch by batch, the class of each row, the number of classes, and whether all logits so far were finite."
+def _logits(model, images, idx, settings):
+    "Yields, batch by batch, which rows of the stream these are (a range), and their logits [b, k]."
     device = _device(model, images)
-    finite = True
+    size = settings.rows_on(device)
     with frozen(model):
         run = _prepare(model, images[:8].to(device), settings, len(images)*settings.per_image)
-        for x in _noisy_batches(images, idx, settings, device):
+        for number, x in enumerate(_noisy_batches(images, idx, settings, device)):
             if getattr(model, 'training', False):
                 raise RuntimeError("the model was put into training mode while it was being certified (by another "
                                    "thread?): certify a copy, copy.deepcopy(model)")
-            logits = run(x)
-            finite = logits.isfinite().all() & finite
-            yield logits.argmax(1), logits.shape[1], finite
+            yield range(number*size, number*size + len(x)), run(x)
 
 def _device(model, images):
     "Where to run: with the model's tensors, or, if it hides them, with the images."
@@ -214,38 +236,30 @@ def count_votes(
     settings:Settings,
 ):                       # yields, image by image, int64 votes [phase, k]
     "Votes of the base classifier on noisy copies of each image."
-    ends = torch.tensor(list(settings.phases.values())).cumsum(0)       # of the phases, in rows of an image
-    seen = 0
-    finished = 0
+    per_image = settings.per_image
     votes = None
-    for classes, k, finite in _classes(model, images, idx, settings):
-        device = classes.device
-        if votes is None:
-            turns = len(classes) // settings.per_image + 2
-            votes = torch.zeros(turns, len(ends), k, dtype=torch.int64, device=device)
-            ends = ends.to(device)
-        rows = torch.arange(seen, seen + len(classes), device=device)
-        turn = rows // settings.per_image % turns
-        phase = torch.bucketize(rows % settings.per_image, ends, right=True)
-        cell = (turn*len(ends) + phase)*k + classes
+    finite = True
+    for rows, logits in _logits(model, images, idx, settings):
+        if votes is None: votes = _table(rows, logits, settings)
+        turns, phases, k = votes.shape
+        image, phase = _whose(rows, settings, logits.device)
+        cell = (image % turns * phases + phase)*k + logits.argmax(1)
         votes.view(-1).index_add_(0, cell, torch.ones_like(cell))
-        seen += len(classes)
-        while finished < seen // settings.per_image:
-            if not finite: raise _not_finite(idx[finished], settings.precision)
-            mine = votes[finished % turns]
-            yield mine.cpu().numpy().copy()
-            mine.zero_()
-            finished += 1
+        finite = logits.isfinite().all() & finite
+        for ended in range(rows.start // per_image, rows.stop // per_image):
+            if not finite: raise _not_finite(idx[ended], settings.precision)
+            yield votes[ended % turns].cpu().numpy().copy()
+            votes[ended % turns] = 0
+
+# %% ../nbs/05_certify.ipynb #8ae0edd5
+def _table(rows, logits, settings):
+    "No votes yet [turns, phase, k]: a turn for each image that has rows in a batch, however the batch begins."
+    turns = len(rows) // settings.per_image + 2
+    return torch.zeros(turns, len(settings.phases), logits.shape[1], dtype=torch.int64, device=logits.device)
 
 # %% ../nbs/05_certify.ipynb #02987cfb
-LARGEST_SIGMA = 2.   # nothing published smooths [0,1]-pixels with more than 1
-
-def _checked(x, sigma, idx):
+def _as_batch(x, idx):
     "Images as a batch, their indices, and whether it was a single image."
-    sigma = check_sigma(sigma)
-    if sigma > LARGEST_SIGMA:
-        warnings.warn(f"sigma={sigma:g} is in [0,1]-pixel units, and the whole range of a pixel is 1: for a noise "
-                      f"level in 0-255 units give sigma={sigma/255:.3g}", stacklevel=3)
     single = isinstance(x, (torch.Tensor, np.ndarray)) and x.ndim == 3
     images, _ = check_images(x[None] if single else x)
     if isinstance(images, Items) and not torch.equal(images[:8], images[:8]):
@@ -258,11 +272,12 @@ def _checked(x, sigma, idx):
     return images, idx.tolist(), single
 
 # %% ../nbs/05_certify.ipynb #4e359558
-def _enough(n, alpha, sides):
+def _enough(settings, sides):
     "Warn when even a unanimous vote would abstain."
-    least = min_samples(alpha, sides)
+    *_, n = settings.phases.values()
+    least = min_samples(settings.alpha, sides)
     if n < least:
-        warnings.warn(f"n={n} samples can never decide at alpha={alpha}: every image will abstain. "
+        warnings.warn(f"n={n} samples can never decide at alpha={settings.alpha}: every image will abstain. "
                       f"The smallest n that can is {least}", stacklevel=3)
 
 # %% ../nbs/05_certify.ipynb #d8eed19f
@@ -280,9 +295,10 @@ def certify(
     precision='float32', # or bfloat16, float16: forward passes under autocast
 )->Certificate:          # a list of them for a batch
     "Largest l2 radius around `x` in which the smoothed classifier provably keeps its prediction (Cohen et al., 2019)."
-    images, idx, single = _checked(x, sigma, idx)
-    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha, seed, batch_size, precision)
-    _enough(n, alpha, 1)
+    images, idx, single = _as_batch(x, idx)
+    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
+                        batch_size=batch_size, precision=precision)
+    _enough(settings, 1)
     with interruptible("Nothing is kept of what was begun; certify_dataset(..., log=PATH) keeps each finished image, "
                        "and goes on from there"):
         votes = list(count_votes(model, images, idx, settings))
@@ -304,18 +320,17 @@ def vote_stream(
     precision='float32', # as in `certify`
 ):                       # yields (SELECTION or ESTIMATION, classes int64 [b]), in the order in which they were drawn
     "The votes that `certify` counts, as they come in. What they promise before the last one: nothing."
-    images, idx, single = _checked(x, sigma, idx)
+    images, idx, single = _as_batch(x, idx)
     if not single:
         raise ValueError(f"votes are watched for one image [C, H, W], got shape {list(images.shape)}: "
                          "use certify for a batch")
     settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, seed=seed, batch_size=batch_size, precision=precision)
-    left = settings.phases[SELECTION]
-    for classes, _, finite in _classes(model, images, idx, settings):
-        if not finite: raise _not_finite(idx[0], precision)
-        classes = classes.cpu().numpy()
-        if left: yield SELECTION, classes[:left]
-        if left < len(classes): yield ESTIMATION, classes[left:]
-        left = max(0, left - len(classes))
+    for rows, logits in _logits(model, images, idx, settings):
+        if not logits.isfinite().all(): raise _not_finite(idx[0], precision)
+        classes = logits.argmax(1).cpu().numpy()
+        selecting = max(0, settings.phases[SELECTION] - rows.start)
+        if selecting: yield SELECTION, classes[:selecting]
+        if selecting < len(classes): yield ESTIMATION, classes[selecting:]
 
 # %% ../nbs/05_certify.ipynb #5016f7a4
 def noisy_copies(
@@ -327,10 +342,10 @@ def noisy_copies(
     idx=None,            # as in `certify`
 )->torch.Tensor:         # [count, C, H, W], not clipped to [0, 1]: this is what the network sees
     "The noisy copies behind the first votes for the bound."
-    images, idx, _ = _checked(x, sigma, idx)
+    images, idx, _ = _as_batch(x, idx)
     settings = Settings(sigma, {ESTIMATION: check_samples(count, 'count')}, seed=seed, batch_size=count)
-    batches = list(_noisy_batches(images[:1], idx[:1], settings, images.device))
-    return torch.cat(batches)
+    [copies] = _noisy_batches(images[:1], idx, settings, images.device)
+    return copies.clone()
 
 # %% ../nbs/05_certify.ipynb #6eac6b30
 def predict(
@@ -346,9 +361,9 @@ def predict(
     precision='float32', # as in `certify`
 )->int:                  # class or ABSTAIN; a list for a batch
     "Prediction of the smoothed classifier (PREDICT of Cohen et al., 2019)."
-    images, idx, single = _checked(x, sigma, idx)
-    settings = Settings(sigma, {PREDICTION: n}, alpha, seed, batch_size, precision)
-    _enough(n, alpha, 2)
+    images, idx, single = _as_batch(x, idx)
+    settings = Settings(sigma, {PREDICTION: n}, alpha=alpha, seed=seed, batch_size=batch_size, precision=precision)
+    _enough(settings, 2)
     classes = [top_class(votes[0], settings.alpha) for votes in count_votes(model, images, idx, settings)]
     return classes[0] if single else classes
 
@@ -382,23 +397,25 @@ def certify_dataset(
     progress=True,       # text bar with ETA
 ):                       # DataFrame in the columns of `read_log`
     "Certify a data set; a run that was interrupted goes on where it was."
-    images, idx, _ = _checked(images, sigma, idx)
+    images, idx, _ = _as_batch(images, idx)
     images, labels, idx = _every(images, labels, idx, check_samples(every, 'every'))
-    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha, seed, batch_size, precision)
-    _enough(n, alpha, 1)
+    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
+                        batch_size=batch_size, precision=precision)
+    _enough(settings, 1)
     check_labels(labels, len(images), _look(model, images, labels, settings))
-
-    def how():
-        if log is None:
-            return ("Nothing is kept: with log=PATH each finished image would be, "
-                    "and the same call would go on from there")
-        return f"{log} holds {len(writer.done)} of {len(images)} images: the same call goes on from there"
+    setup = _setup(model, images, settings, split)
     scratch = TemporaryDirectory() if log is None else nullcontext()
-    with scratch as folder:
-        path = Path(folder)/'certify.tsv' if log is None else log
-        with LogWriter(path, _setup(model, images, settings, split)) as writer, interruptible(how):
+    with scratch as folder, LogWriter(Path(folder)/'certify.tsv' if log is None else log, setup) as writer:
+        with interruptible(partial(_how_to_go_on, writer, log, len(images))):
             _append(writer, model, images, labels, idx, settings, watch, progress)
             return read_log(writer.path)
+
+# %% ../nbs/05_certify.ipynb #15c5e791
+def _how_to_go_on(writer, log, total):
+    "What is said to whoever stops it."
+    if log is None:
+        return "Nothing is kept: with log=PATH each finished image would be, and the same call would go on from there"
+    return f"{log} holds {len(writer.done)} of {total} images: the same call goes on from there"
 
 # %% ../nbs/05_certify.ipynb #43ab7d74
 def _every(images, labels, idx, every):
@@ -442,20 +459,16 @@ def _look(model, images, labels, settings):
 def _append(writer, model, images, labels, idx, settings, watch, progress):
     "Certify what the log does not hold yet."
     data = {i: fingerprint([images[row], labels[row]]) for row, i in enumerate(idx)}
-    strange = [i for i, known in writer.done.items() if data.get(i) != known]
-    if strange:
-        raise ValueError(f"{writer.path} holds image {strange[0]}, which is not among those to certify now, or is "
-                         "another image or label: choose another log, or the same data and `every`")
-    todo = [row for row, i in enumerate(idx) if i not in writer.done]
+    todo = _left(writer, data)
     if not todo: return
     bar = tqdm(total=len(images), initial=len(images) - len(todo), unit='img', mininterval=1, disable=not progress,
                desc='certifying')
     right = 0
     shown = 0.
     started = time.perf_counter()
-    votes = count_votes(model, some_images(images, todo), [idx[row] for row in todo], settings)
-    for number, (row, (selection, estimation)) in enumerate(zip(todo, votes), 1):
-        certificate = Certificate.from_counts(selection, estimation, settings.sigma, settings.alpha)
+    all_votes = count_votes(model, some_images(images, todo), [idx[row] for row in todo], settings)
+    for number, (row, votes) in enumerate(zip(todo, all_votes), 1):
+        certificate = Certificate.from_counts(*votes, settings.sigma, settings.alpha)
         now = time.perf_counter()
         writer.write(_row(certificate, int(labels[row])) | dict(idx=idx[row], data=data[idx[row]], time=now - started))
         right += certificate.prediction == labels[row]
@@ -472,6 +485,14 @@ def _row(c, label):
     "What the log says of a certificate."
     return dict(label=label, predict=c.prediction, radius=c.radius, correct=int(c.prediction == label),
                 n_a=c.counts[c.selected], n_true=c.counts[label], selected=c.selected)
+
+def _left(writer, data):
+    "Rows of the images that the log does not hold yet; raises where it holds others."
+    strange = [i for i, known in writer.done.items() if data.get(i) != known]
+    if strange:
+        raise ValueError(f"{writer.path} holds image {strange[0]}, which is not among those to certify now, or is "
+                         "another image or label: choose another log, or the same data and `every`")
+    return [row for row, i in enumerate(data) if i not in writer.done]
 
 # %% ../nbs/05_certify.ipynb #38a87db9
 document(__name__)

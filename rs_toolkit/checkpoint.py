@@ -23,7 +23,7 @@ from torch import nn
 
 from .common import document, named, unknown, write_file
 from .data import STATISTICS, statistics
-from .models import build, check_model, device_of, frozen, model_names
+from .models import build, check_model, device_of, frozen, model_names, probe
 
 # %% ../nbs/11_checkpoint.ipynb #c1f2a001
 MEANS = ('mean', 'means', 'mu')                  # what normalisation layers call their constants
@@ -112,10 +112,11 @@ def _check_answers(model, rebuilt, metadata):
     "Raise unless the network and the rebuilt one are the same function."
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     shape = metadata['in_channels'], metadata['image_size'], metadata['image_size']
-    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(model), dtype)
+    x = probe(shape).to(device_of(model), dtype)
     uncompiled = torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
     with torch.no_grad(), uncompiled, frozen(model), frozen(rebuilt.to(x.device, dtype)):
-        ours, theirs = (check_model(net, x).float() for net in (model, rebuilt))
+        ours = check_model(model, x).float()
+        theirs = check_model(rebuilt, x).float()
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else .03
     if not torch.allclose(ours, theirs, rtol=0, atol=tolerance*float(ours.abs().max()), equal_nan=True):
         raise ValueError("the network and the one rebuilt from the metadata give different answers, with the same "
@@ -202,6 +203,7 @@ def _torch(path):
         raise ValueError(f"{path} holds no state dict under 'state_dict' or 'net': {holds}")
     return state, {k: content[k] for k in ('arch', 'epoch') if k in content}
 
+# %% ../nbs/11_checkpoint.ipynb #a65171b2
 def _offender(message):
     "The class or function that torch refused, out of its long message."
     found = re.search(r'GLOBAL (\S+)|function <\w+ (\S+)>', message)
@@ -226,10 +228,7 @@ def load(
     state, metadata = _read(path)
     metadata['arch'] = _choose_arch(path, metadata.get('arch'), arch)
     if all(k in metadata for k in RECIPE):
-        for k, asked in dict(image_size=image_size, arch_args=arch_args).items():
-            said = metadata.get(k) or {}
-            if asked not in (None, said):
-                raise ValueError(f"{path} says {k} {said}, the call says {asked}: leave out {k}=")
+        _check_sizes(path, metadata, image_size=image_size, arch_args=arch_args)
         _check_claim(path, metadata, dataset, normalization)
     else:
         metadata['arch_args'] = arch_args or {}
@@ -239,6 +238,14 @@ def load(
     _fill(model, tensors, rest, path, metadata['arch'])
     model.metadata = metadata
     return model.eval()
+
+# %% ../nbs/11_checkpoint.ipynb #8973aa27
+def _check_sizes(path, metadata, **asked):
+    "Raise where the call names another network than the file holds."
+    for name, value in asked.items():
+        said = metadata.get(name) or {}
+        if value not in (None, said):
+            raise ValueError(f"{path} says {name} {said}, the call says {value}: leave out {name}=")
 
 # %% ../nbs/11_checkpoint.ipynb #1ddf39ee
 def _choose_arch(path, said, asked):
@@ -290,6 +297,7 @@ def _numbers(path, name, values):
                          "of pixels in [0, 1] it lies between 0 and 1")
     return values.flatten().tolist()
 
+# %% ../nbs/11_checkpoint.ipynb #d359fc4d
 def _claimed(path, dataset, normalization):
     "Mean and std that the call names, for a file that holds none."
     if normalization is None or (normalization != 'none' and dataset is None):

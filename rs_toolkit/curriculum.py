@@ -22,22 +22,26 @@ from .processes import total
 @torch.no_grad()
 def right_votes(
     model,              # base classifier
-    images, labels,     # of training
+    images,             # of training [N, C, H, W]
+    labels,             # of training [N]
     index,              # images to count for [b]
     sigma:float,        # noise level
     n:int,              # draws for each image
-    seed=0, epoch=0,    # of noise and augmentation
+    seed=0,             # of noise and augmentation
+    epoch=0,            # of noise and augmentation
     augment=None,       # as in training
     part=(0, 1),        # this process, and how many there are
 )->torch.Tensor:        # [N], whole numbers; 0 for images that are not in `index`
     "How many of n noisy copies of each image are classified as its label."
     votes = torch.zeros(len(images), dtype=torch.long, device=device_of(model))
     with frozen(model):
-        for at in index.tensor_split(part[1])[part[0]].split(max(1, 512 // n)):
+        mine = index.tensor_split(part[1])[part[0]]
+        for at in mine.split(max(1, 512 // n)):
             keys = image_keys(seed, epoch, at, COUNTING)
             x = images_at(images, at, augment, keys).to(votes.device)
-            right = noisy_logits(model, x, gaussian_noise(x, sigma, n, keys)).argmax(-1) == labels[at.to(labels.device)].to(votes.device)
-            votes[at.to(votes.device)] = right.sum(0)
+            y = labels[at.to(labels.device)].to(votes.device)
+            classes = noisy_logits(model, x, gaussian_noise(x, sigma, n, keys)).argmax(-1)
+            votes[at.to(votes.device)] = (classes == y).sum(0)
     return total(votes).cpu()
 
 # %% ../nbs/09_curriculum.ipynb #9f95cb03
@@ -48,7 +52,8 @@ def count_weights(
 )->np.ndarray:    # [N], at least 1
     "Odds by approximate certified radius, relative to the smallest positive one (Sun et al., 2024, section 5.2)."
     radii = ndtri(lower_bound(np.arange(n + 1), n, alpha))
-    if radii[-1] <= 0: raise ValueError(f"no share of {n} votes certifies anything at alpha={alpha}: count more votes, or raise alpha")
+    if radii[-1] <= 0:
+        raise ValueError(f"no share of {n} votes certifies anything at alpha={alpha}: count more votes, or raise alpha")
     floor = radii[radii > 0][0]
     return np.maximum(radii[np.asarray(counts)], floor) / floor
 
@@ -76,37 +81,53 @@ class EasyData:
         self.discard_noise = check_samples(discard_noise, 'discard_noise')
         self.count_noise = check_samples(count_noise, 'count_noise')
         count_weights([0], self.count_noise, self.alpha)                           # too few votes show now
-        self.kept = self.weights = self.epochs = None
+        self.epochs = None                 # length of the run
+        self.kept = None                   # which images are not discarded [N]
+        self.weights = None                # of this epoch [N]
 
     def start_run(self, epochs):
         "Called by `fit` before any work: the length of the run. Refuses one in which a part would never act."
         self.epochs = epochs
         start = epoch_of(self.start, epochs, 'start')
         if self.reweigh and self.every >= 1 and start + self.every >= epochs:
-            raise ValueError(f"every={self.every} is too long: after epoch {start} no image would be counted again in a run of {epochs} "
-                             "epochs. Give fewer epochs, or a part of the run, strictly between 0 and 1 "
+            raise ValueError(f"every={self.every} is too long: after epoch {start} no image would be counted again "
+                             f"in a run of {epochs} epochs. "
+                             "Give fewer epochs, or a part of the run, strictly between 0 and 1 "
                              f"({self.every} epochs of {10*self.every} are 0.1)")
 
     def __call__(self, model, data, epoch, augment=None, part=(0, 1)):
         "Weights [N] for this epoch, or None."
         start = epoch_of(self.start, self.epochs, 'start')
         if epoch < start: return None
-        count = lambda index, n: right_votes(model, *data, index, self.sigma, n, self.seed, epoch, augment, part)
-        if self.kept is None:
-            share = count(torch.arange(len(data[0])), self.discard_noise) / self.discard_noise if self.threshold else torch.ones(len(data[0]))
-            self.kept = share >= self.threshold
-            if not self.kept.any():
-                raise ValueError(f"no training image reaches the vote share {self.threshold} in epoch {epoch} (the best has {share.max():.2f}): "
-                                 "start later, lower the threshold, or look at the training before it")
+        def count(index, n): return right_votes(model, *data, index, self.sigma, n, self.seed, epoch, augment, part)
+        if self.kept is None: self.kept = self.discard(count, len(data[0]), epoch)
         due = (epoch - start) % duration_of(self.every, self.epochs, 'every') == 0
-        if self.weights is None or (self.reweigh and due):
-            votes = count(self.kept.nonzero()[:, 0], self.count_noise) if self.reweigh else torch.zeros(len(self.kept), dtype=torch.long)
-            self.weights = torch.as_tensor(count_weights(votes, self.count_noise, self.alpha)) * self.kept
+        if self.weights is None or (self.reweigh and due): self.weights = self.weigh(count)
         return self.weights
 
-    def state_dict(self): return dict(kept=self.kept, weights=self.weights)
-    def load_state_dict(self, state): self.kept, self.weights = state['kept'], state['weights']
+    def discard(self, count, images, epoch):
+        "Which images are kept [N]: those with enough right votes."
+        if not self.threshold: return torch.ones(images, dtype=torch.bool)
+        share = count(torch.arange(images), self.discard_noise) / self.discard_noise
+        if not (share >= self.threshold).any():
+            raise ValueError(f"no training image reaches the vote share {self.threshold} in epoch {epoch} "
+                             f"(the best has {share.max():.2f}): "
+                             "start later, lower the threshold, or look at the training before it")
+        return share >= self.threshold
 
+    def weigh(self, count):
+        "Weights of the images that are kept, by their votes if they are reweighed; 0 for the others [N]."
+        if not self.reweigh: votes = torch.zeros(len(self.kept), dtype=torch.long)
+        else: votes = count(self.kept.nonzero()[:, 0], self.count_noise)
+        return torch.as_tensor(count_weights(votes, self.count_noise, self.alpha)) * self.kept
+
+    def state_dict(self): return dict(kept=self.kept, weights=self.weights)
+
+    def load_state_dict(self, state):
+        self.kept = state['kept']
+        self.weights = state['weights']
+
+# %% ../nbs/09_curriculum.ipynb #e56b7ed1
 CURRICULA = {'easy_data': EasyData}
 
 # %% ../nbs/09_curriculum.ipynb #74dfc2b8

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCHVISION', 'DEEP', 'GREY', 'COLOUR', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER',
            'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'VISIT', 'load', 'statistics', 'crop_flip',
-           'resized_crop', 'Stream', 'image_keys', 'batches', 'images_at', 'fingerprint', 'check_images',
+           'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches', 'fingerprint', 'check_images',
            'check_labels', 'Items', 'some_images']
 
 # %% ../nbs/02_data.ipynb #ff779d10
@@ -45,7 +45,8 @@ def load(
     if name not in TORCHVISION: raise unknown('data set', name, ['digits', *TORCHVISION, 'folder:PATH', 'imagenet'])
     try: dataset = TORCHVISION[name](root, train=split=='train', download=True)
     except (OSError, RuntimeError) as e:
-        raise OSError(f"could not download {name} into {root} ({e}): put torchvision's files there, or use folder:PATH") from e
+        raise OSError(f"could not download {name} into {root} ({e}): "
+                      "put torchvision's files there, or use folder:PATH") from e
     images = torch.as_tensor(dataset.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
     return images.float().div(255).contiguous(), torch.as_tensor(dataset.targets)
@@ -55,12 +56,13 @@ def _digits(split):
     "A fifth of the images, drawn once and for all, is the test split: 360 of 1,797."
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
-    images, labels = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    labels = torch.tensor(labels)
     order = np.random.RandomState(0).permutation(len(images))       # RandomState: its stream is frozen for good
     chosen = order[:360] if split == 'test' else order[360:]
     return images[chosen], labels[chosen]
 
-# %% ../nbs/02_data.ipynb #d2f3a002
+# %% ../nbs/02_data.ipynb #edcd64f6
 DEEP = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N')                                  # Pillow's modes with 16 bits of grey
 GREY = ('1', 'L', 'LA', *DEEP)
 COLOUR = ('P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
@@ -80,6 +82,7 @@ def _check_opaque(image):
         raise ValueError("it is transparent, and what lies behind it is unknown: "
                          "put it on a background, and save it without alpha")
 
+# %% ../nbs/02_data.ipynb #d2f3a002
 def _pixels(image):
     "A Pillow image as float32 [1 or 3, H, W] in [0, 1]."
     _check_mode(image)
@@ -93,7 +96,7 @@ def _open(file, view):
         with Image.open(file) as image: return view(image)
     except Exception as e: raise OSError(f"could not read the image {file}: {e}") from e
 
-# %% ../nbs/02_data.ipynb #d2f3a003
+# %% ../nbs/02_data.ipynb #70802eb1
 class _Files(torchvision.datasets.ImageFolder):
     "The images of a split and their labels, without hidden files and folders."
     def __init__(self, split): super().__init__(split, is_valid_file=self._is_image)
@@ -118,14 +121,24 @@ def _files(split, train):
     except (FileNotFoundError, ValueError) as e:
         raise ValueError(f"{split} must hold CLASS/*.jpg (or png ...), with images in each class: {e}") from e
 
+# %% ../nbs/02_data.ipynb #d2f3a003
 def _folder(path, split):
-    "All images of a split, decoded once; they must have one size."
+    "All images of a split, decoded once. One image in colour makes those of both splits coloured."
     missing = [s for s in ('train', 'test') if not (path/s).is_dir()]
     if missing:
-        raise ValueError(f"a folder data set holds train/CLASS/* and test/CLASS/*; {path} has no {' and no '.join(missing)}")
-    files, other = (_files(path/s, path/'train') for s in (split, 'test' if split == 'train' else 'train'))
+        raise ValueError("a folder data set holds train/CLASS/* and test/CLASS/*; "
+                         f"{path} has no {' and no '.join(missing)}")
+    files = _files(path/split, path/'train')
+    other = _files(path/('test' if split == 'train' else 'train'), path/'train')
+    images = _read_all(files, f'reading {path.name}/{split}')
+    if images.shape[1] == 1 and any(_open(file, _in_colour) for file, _ in other.samples):
+        images = images.repeat(1, 3, 1, 1)
+    return images, torch.tensor(files.targets)
+
+def _read_all(files, words):
+    "Images of one size [N, 1 or 3, H, W]."
     images = None
-    for i, (file, _) in enumerate(tqdm(files.samples, desc=f'reading {path.name}/{split}', mininterval=1)):
+    for i, (file, _) in enumerate(tqdm(files.samples, desc=words, mininterval=1)):
         image = _open(file, _pixels)
         if images is None: images = torch.empty(len(files), *image.shape, dtype=torch.float32)
         if image.shape[1:] != images.shape[2:]:
@@ -133,14 +146,12 @@ def _folder(path, split):
                              f"the first is {list(images.shape[1:])}")
         if len(image) > images.shape[1]: images = images.repeat(1, 3, 1, 1)      # the first in colour
         images[i] = image
-    if images.shape[1] == 1 and any(_open(file, _in_colour) for file, _ in other.samples):    # one kind for both splits
-        images = images.repeat(1, 3, 1, 1)
-    return images, torch.tensor(files.targets)
+    return images
 
 def _in_colour(image): return image.mode not in GREY
 
 # %% ../nbs/02_data.ipynb #ba221619
-STATISTICS = {  # mean and standard deviation per channel, as the field's checkpoints use them (methods of Cohen et al. and later)
+STATISTICS = {  # mean and standard deviation per channel, as the field's checkpoints use them (Cohen et al. and later)
     'cifar10': ([.4914, .4822, .4465], [.2023, .1994, .2010]),
     'cifar100': ([.5071, .4867, .4408], [.2675, .2565, .2761]),
     'imagenet': ([.485, .456, .406], [.229, .224, .225])}
@@ -156,7 +167,9 @@ def statistics(
     if normalization == 'none': return None, None
     if name in STATISTICS: mean, std = STATISTICS[name]
     elif images is None or images.shape[1] == 1: return None, None
-    else: mean, std = (f(images, (0, 2, 3)).tolist() for f in (torch.mean, torch.std))
+    else:
+        mean = images.mean((0, 2, 3)).tolist()
+        std = images.std((0, 2, 3)).tolist()
     return mean, (None if normalization == 'center' else std)
 
 # %% ../nbs/02_data.ipynb #d175c63d
@@ -168,11 +181,15 @@ def crop_flip(
     "Random crop and horizontal flip, one for each image."
     b, _, h, w = x.shape
     bits = torch.tensor([key_seed(*key, counter=1) for key in keys], dtype=torch.int64)
-    top, left, flip = bits % (2*padding+1), (bits >> 8) % (2*padding+1), (bits >> 16) % 2 == 1
+    top = bits % (2*padding+1)
+    left = (bits >> 8) % (2*padding+1)
+    flip = (bits >> 16) % 2 == 1
     columns = torch.arange(w).expand(b, w)
     columns = torch.where(flip[:, None], columns.flip(1), columns) + left[:, None]
     rows = torch.arange(h) + top[:, None]
-    image, rows, columns = (v.to(x.device) for v in (torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]))
+    image = torch.arange(b, device=x.device)[:, None, None]
+    rows = rows[:, :, None].to(x.device)
+    columns = columns[:, None, :].to(x.device)
     return F.pad(x, [padding]*4)[image, :, rows, columns].permute(0, 3, 1, 2)
 
 # %% ../nbs/02_data.ipynb #5238d05a
@@ -180,36 +197,46 @@ def resized_crop(
     image, # PIL image
     key,   # tuple of whole numbers
 ):         # PIL image, 224 x 224
-    "A random part (8 to 100 % of the area, sides from 3:4 to 4:3), flipped half of the time, as the field trains ImageNet."
-    rng, (width, height) = np.random.RandomState(key_seed(*key, counter=1)), image.size
+    "A random part (8 to 100 % of the area, sides 3:4 to 4:3), flipped half of the time, as the field trains ImageNet."
+    rng = np.random.RandomState(key_seed(*key, counter=1))
+    width, height = image.size
     for _ in range(10):
-        area, ratio = width*height*rng.uniform(.08, 1), np.exp(rng.uniform(np.log(3/4), np.log(4/3)))
-        w, h = round(np.sqrt(area*ratio)), round(np.sqrt(area/ratio))
+        area = width*height*rng.uniform(.08, 1)
+        ratio = np.exp(rng.uniform(np.log(3/4), np.log(4/3)))
+        w = round(np.sqrt(area*ratio))
+        h = round(np.sqrt(area/ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.randint(width - w + 1), rng.randint(height - h + 1)
+            left = rng.randint(width - w + 1)
+            top = rng.randint(height - h + 1)
             break
     else:                                                       # a very long image: its middle
-        w, h = min(width, round(height*4/3)), min(height, round(width*4/3))
-        left, top = (width - w)//2, (height - h)//2
+        w = min(width, round(height*4/3))
+        h = min(height, round(width*4/3))
+        left = (width - w)//2
+        top = (height - h)//2
     image = TF.resized_crop(image, top, left, h, w, [224, 224])
     return TF.hflip(image) if rng.rand() < .5 else image
 
 AUGMENTATIONS = {'none': None, 'crop_flip': crop_flip, 'resized_crop': resized_crop}
 
-# %% ../nbs/02_data.ipynb #d713e572
+# %% ../nbs/02_data.ipynb #6326c0b5
 class Stream:
     "Images [N, 3, 224, 224] that are decoded when they are looked at; otherwise like a tensor on the CPU."
-    dtype, device = torch.float32, torch.device('cpu')
+    dtype = torch.float32
+    device = torch.device('cpu')
     def __init__(self,
         folder, # where the files are
         names,  # path of each image in it
-    ): self.folder, self.names, self.shape = folder, names, torch.Size([len(names), 3, 224, 224])
+    ):
+        self.folder = folder
+        self.names = names
+        self.shape = torch.Size([len(names), 3, 224, 224])
 
     def __len__(self): return len(self.names)
 
     def __getitem__(self, index):                               # number, slice or int64 tensor, as of a tensor
         rows = torch.arange(len(self))[index]
-        return self._decode(lambda image: TF.center_crop(TF.resize(image, 256), 224), rows.reshape(-1).tolist()).reshape(*rows.shape, *self.shape[1:])
+        return self._decode(_central, rows.reshape(-1).tolist()).reshape(*rows.shape, *self.shape[1:])
 
     def augmented(self,
         index,           # int64 [b]
@@ -226,9 +253,13 @@ class Stream:
             row, i, *key = job
             file = Path(self.folder)/self.names[i]
             pixels[row] = _open(file, lambda image: view(_photo(image), *key))
-        with ThreadPoolExecutor() as pool: list(pool.map(decode, zip(range(len(index)), index, *keys, strict=True)))
+        jobs = zip(range(len(index)), index, *keys, strict=True)
+        with ThreadPoolExecutor() as pool: list(pool.map(decode, jobs))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
+def _central(image): return TF.center_crop(TF.resize(image, 256), 224)
+
+# %% ../nbs/02_data.ipynb #d713e572
 def _photo(image):
     "A Pillow image as RGB of 8 bits, for which resizing is defined; alpha is dropped, as the field does for ImageNet."
     _check_mode(image)
@@ -247,7 +278,8 @@ def _imagenet(path, split):
     return Stream(folder, names), torch.tensor(files.targets)
 
 # %% ../nbs/02_data.ipynb #90d308be
-TRAINING, ORDER, MAPPING, DRAW, PREDICTIONS, CRAFTING, COUNTING = range(1, 8)     # how keys end, so that no two purposes share random numbers; certification's end in zeros
+# How keys end, so that no two purposes share random numbers. Those of certification end in zeros.
+TRAINING, ORDER, MAPPING, DRAW, PREDICTIONS, CRAFTING, COUNTING = range(1, 8)
 VISIT = 2**32               # added to the index of an image each time that it comes again
 
 def image_keys(seed:int, epoch:int, index, purpose=TRAINING)->list:
@@ -256,38 +288,13 @@ def image_keys(seed:int, epoch:int, index, purpose=TRAINING)->list:
 
 def _visits(index):
     "Number the visits of each image: 5, 3, 5 becomes 5, 3, 5 + VISIT."
-    order, counts = index.argsort(stable=True), index.unique(return_counts=True)[1]
-    visit = torch.arange(len(index)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    order = index.argsort(stable=True)
+    _, counts = index.unique(return_counts=True)
+    first = counts.cumsum(0) - counts                        # where the visits of each image begin in that order
+    visit = torch.arange(len(index)) - first.repeat_interleave(counts)
     return index + VISIT*torch.empty_like(index).index_copy_(0, order, visit)
 
-# %% ../nbs/02_data.ipynb #15f01c93
-def batches(
-    images, labels,  # [N, C, H, W], [N]; batches are on the device of the labels
-    batch_size:int,  # images per batch, of all processes together; the last one may be smaller
-    seed=0, epoch=0, # the order and the augmentation depend on these
-    augment=None,    # of `images_at`
-    weights=None,    # [N]: N images are drawn with these odds, with replacement; None: each image once
-    part=(0, 1),     # the share of this process in each batch: (rank, number of processes)
-):                   # yields x [b, C, H, W], y [b], index [b], and the size of the whole batch
-    "One epoch of shuffled batches, with the data-set index (and visit) of each image."
-    g = torch.Generator().manual_seed(key_seed(seed, epoch, 0, ORDER))
-    if weights is None: order = torch.randperm(len(images), generator=g)
-    else: order = _visits(torch.multinomial(_check_weights(weights, len(images)), len(images), True, generator=g))
-    def fetch(batch):
-        index = batch.tensor_split(part[1])[part[0]]
-        x = images_at(images, index, augment, image_keys(seed, epoch, index))
-        return x.to(labels.device), labels[(index % VISIT).to(labels.device)], index, len(batch)
-    yield from (_ahead if isinstance(images, Stream) else map)(fetch, order.split(batch_size))
-
-def _ahead(f, items):
-    "`map`, one ahead: while a result is used, a thread works on the next."
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for item in items:
-            ready, coming = coming, pool.submit(f, item)
-            if ready: yield ready.result()
-        if coming: yield coming.result()
-
+# %% ../nbs/02_data.ipynb #19bfd942
 def images_at(
     images,       # [N, C, H, W], or a `Stream`
     index,        # [b], as `batches` yields it
@@ -298,16 +305,54 @@ def images_at(
     at = (index % VISIT).to(images.device)
     if not augment: return images[at]
     if isinstance(images, Stream) != (augment is resized_crop):
-        raise ValueError(f"{type(images).__name__} images cannot be augmented by {getattr(augment, '__name__', augment)}: "
-                         "resized_crop is for imagenet, which is decoded as it is seen, and crop_flip for images in memory")
+        name = getattr(augment, '__name__', augment)
+        raise ValueError(f"{type(images).__name__} images cannot be augmented by {name}: "
+                         "resized_crop is for imagenet, which is decoded as it is seen, "
+                         "and crop_flip for images in memory")
     return images.augmented(at, keys) if augment is resized_crop else augment(images[at], keys)
+
+# %% ../nbs/02_data.ipynb #0c7409ab
+def batches(
+    images, labels,  # [N, C, H, W], [N]; batches are on the device of the labels
+    batch_size:int,  # images per batch, of all processes together; the last one may be smaller
+    seed=0, epoch=0, # the order and the augmentation depend on these
+    augment=None,    # of `images_at`
+    weights=None,    # [N]: N images are drawn with these odds, with replacement; None: each image once
+    part=(0, 1),     # the share of this process in each batch: (rank, number of processes)
+):                   # yields x [b, C, H, W], y [b], index [b], and the size of the whole batch
+    "One epoch of shuffled batches, with the data-set index (and visit) of each image."
+    rank, world = part
+    g = torch.Generator().manual_seed(key_seed(seed, epoch, 0, ORDER))
+    if weights is None: order = torch.randperm(len(images), generator=g)
+    else: order = _visits(torch.multinomial(_check_weights(weights, len(images)), len(images), True, generator=g))
+
+    def fetch(batch):
+        index = batch.tensor_split(world)[rank]
+        x = images_at(images, index, augment, image_keys(seed, epoch, index))
+        y = labels[(index % VISIT).to(labels.device)]
+        return x.to(labels.device), y, index, len(batch)
+
+    in_turn = _ahead if isinstance(images, Stream) else map
+    yield from in_turn(fetch, order.split(batch_size))
+
+# %% ../nbs/02_data.ipynb #15f01c93
+def _ahead(f, items):
+    "`map`, one ahead: while a result is used, a thread works on the next."
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for item in items:
+            ready = coming
+            coming = pool.submit(f, item)
+            if ready: yield ready.result()
+        if coming: yield coming.result()
 
 def _check_weights(weights, size):
     "Odds of drawing each image, in double precision."
     odds = torch.as_tensor(weights).detach().cpu().double()
     if odds.shape != (size,) or not (odds.isfinite().all() and (odds >= 0).all() and odds.any()):
-        raise ValueError(f"weights must be {size} finite numbers from 0 up, one for each image, and not all 0: got shape {list(odds.shape)}, "
-                         f"{odds.min() if odds.numel() else ''}..{odds.max() if odds.numel() else ''}")
+        span = f'{odds.min()}..{odds.max()}' if odds.numel() else '..'
+        raise ValueError(f"weights must be {size} finite numbers from 0 up, one for each image, and not all 0: "
+                         f"got shape {list(odds.shape)}, {span}")
     return odds
 
 # %% ../nbs/02_data.ipynb #74395485
@@ -322,9 +367,9 @@ def fingerprint(
         else: h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/02_data.ipynb #438076f2
+# %% ../nbs/02_data.ipynb #66c06333
 def check_images(
-    images,            # float32 [N, C, H, W] in [0, 1]: tensor, array, `Stream`, map-style data set of (image, label), or its DataLoader
+    images,            # float32 [N, C, H, W] in [0, 1]: tensor, array, `Stream`, map-style data set, or its DataLoader
     labels=None,       # [N], whole numbers; None: unknown, or those of the data set
     num_classes=None,  # labels must be below this
 )->tuple:              # images: float32 tensor or `Stream`, and labels: int64 tensor or None
@@ -337,6 +382,25 @@ def check_images(
     if len(images) == 0: raise ValueError("got an empty batch of images")
     return images, labels
 
+def _as_images(images):
+    "A tensor or a `Stream`: no value changes."
+    if isinstance(images, DataLoader): return Items(_whole(images))
+    if isinstance(images, Dataset): return Items(images)
+    if isinstance(images, np.ndarray) and images.dtype.kind in 'fiu':
+        images = torch.from_numpy(np.require(images, requirements='CW'))
+    if isinstance(images, torch.Tensor) and images.dtype in (torch.float16, torch.bfloat16): images = images.float()
+    return images
+
+def _whole(loader):
+    "The data set behind a loader that goes through all of it."
+    plain = loader.collate_fn is default_collate and isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+    if isinstance(loader.dataset, IterableDataset) or not plain or len(loader.sampler) != len(loader.dataset):
+        raise ValueError("a DataLoader is asked for its data set, image by image; this one has a collate_fn or a "
+                         "sampler of its own, or a data set without numbers: "
+                         "give a map-style data set of (image, label) instead")
+    return loader.dataset
+
+# %% ../nbs/02_data.ipynb #fed7a0a7
 def check_labels(
     labels,            # [N], whole numbers: tensor, array or list
     size:int,          # N, the number of images
@@ -347,10 +411,12 @@ def check_labels(
     except (TypeError, ValueError): given = None
     whole = given is not None and not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
     if not whole or given.shape != (size,):
-        raise ValueError(f"labels must be {size} whole numbers, one for each image, got {_what(labels if given is None else given)}")
+        came = _what(labels if given is None else given)
+        raise ValueError(f"labels must be {size} whole numbers, one for each image, got {came}")
     given = given.long()
     if given.min() < 0 or (num_classes is not None and given.max() >= num_classes):
-        raise ValueError(f"labels must lie in 0..{'K-1' if num_classes is None else num_classes-1}, got {given.min()}..{given.max()}: "
+        largest = 'K-1' if num_classes is None else num_classes - 1
+        raise ValueError(f"labels must lie in 0..{largest}, got {given.min()}..{given.max()}: "
                          "does the model have another number of classes than the data?")
     return given
 
@@ -360,49 +426,45 @@ def _what(thing):
     if not hasattr(thing, 'dtype'): return kind
     return f"{str(thing.dtype).removeprefix('torch.')} {kind} of shape {list(thing.shape)}"
 
-def _as_images(images):
-    "A tensor or a `Stream`: no value changes."
-    if isinstance(images, DataLoader): return Items(_whole(images))
-    if isinstance(images, Dataset): return Items(images)
-    if isinstance(images, np.ndarray) and images.dtype.kind in 'fiu': images = torch.from_numpy(np.require(images, requirements='CW'))
-    if isinstance(images, torch.Tensor) and images.dtype in (torch.float16, torch.bfloat16): images = images.float()
-    return images
-
-def _whole(loader):
-    "The data set behind a loader that goes through all of it."
-    plain = loader.collate_fn is default_collate and isinstance(loader.sampler, (SequentialSampler, RandomSampler))
-    if isinstance(loader.dataset, IterableDataset) or not plain or len(loader.sampler) != len(loader.dataset):
-        raise ValueError("a DataLoader is asked for its data set, image by image; this one has a collate_fn or a sampler of its own, or a data set without numbers: "
-                         "give a map-style data set of (image, label) instead")
-    return loader.dataset
-
+# %% ../nbs/02_data.ipynb #438076f2
 def _check_pixels(images, where=''):
     "Refuse what is not float32 in [0, 1]."
     if not isinstance(images, torch.Tensor) or images.dtype != torch.float32:
-        kind = str(getattr(images, 'dtype', ''))
-        cure = (": convert 0-255 pixels with .float() / 255, or .astype('float32') / 255" if 'int' in kind else
-                ": round them with .float() or .astype('float32'); a certificate is about the image that the network sees" if 'float64' in kind else
-                ": give one tensor or array, such as torch.stack(images)" if isinstance(images, (list, tuple)) else
-                ": give the data set transform=torchvision.transforms.ToTensor()" if where else "")
-        raise ValueError(f"images must be float32 in [0, 1], as a tensor or array [N, C, H, W]{where}, got {_what(images)}{cure}")
+        raise ValueError(f"images must be float32 in [0, 1], as a tensor or array [N, C, H, W]{where}, "
+                         f"got {_what(images)}{_cure(images, where)}")
     if images.numel() == 0: return
     low, high = (float(v) for v in images.aminmax())
-    if not (low >= 0 and high <= 1):
-        rounding = low > -1e-3 and high < 1.001
-        cure = ("that little is rounding: .clamp(0, 1) mends it, and a certificate is then about the clamped image" if rounding else
-                "normalise inside the model with `Normalized(net, mean, std)`, so that sigma and radii stay in pixel units")
-        digits = 9 if rounding else 4
-        raise ValueError(f"images must lie in [0, 1]{where}, got [{low:.{digits}g}, {high:.{digits}g}]: {cure}")
+    if low >= 0 and high <= 1: return
+    if low > -1e-3 and high < 1.001:
+        digits = 9
+        cure = "that little is rounding: .clamp(0, 1) mends it, and a certificate is then about the clamped image"
+    else:
+        digits = 4
+        cure = ("normalise inside the model with `Normalized(net, mean, std)`, "
+                "so that sigma and radii stay in pixel units")
+    raise ValueError(f"images must lie in [0, 1]{where}, got [{low:.{digits}g}, {high:.{digits}g}]: {cure}")
+
+def _cure(images, where):
+    "What to do about images of another type."
+    kind = str(getattr(images, 'dtype', ''))
+    if 'int' in kind: return ": convert 0-255 pixels with .float() / 255, or .astype('float32') / 255"
+    if 'float64' in kind:
+        return (": round them with .float() or .astype('float32'); "
+                "a certificate is about the image that the network sees")
+    if isinstance(images, (list, tuple)): return ": give one tensor or array, such as torch.stack(images)"
+    return ": give the data set transform=torchvision.transforms.ToTensor()" if where else ""
 
 # %% ../nbs/02_data.ipynb #e51098f6
 class Items(Stream):
-    "Images of a map-style data set of (image, label) pairs, read when they are looked at; otherwise like a tensor on the CPU."
+    "Images of a data set of (image, label), read when they are looked at; otherwise like a tensor on the CPU."
     def __init__(self,
         dataset, # of torch: `dataset[i]` is an image float32 [C, H, W] in [0, 1], and its label
     ):
         if isinstance(dataset, IterableDataset):
-            raise ValueError(f"{type(dataset).__name__} cannot be asked for image i: give a map-style data set, or tensors")
-        self.dataset, self.names = dataset, range(len(dataset))
+            raise ValueError(f"{type(dataset).__name__} cannot be asked for image i: "
+                             "give a map-style data set, or tensors")
+        self.dataset = dataset
+        self.names = range(len(dataset))
         if not len(dataset): raise ValueError("got an empty data set")
         self.shape = torch.Size([len(dataset), *self._item(0)[0].shape])
 
@@ -418,7 +480,8 @@ class Items(Stream):
 
     def identity(self)->str: return ''.join(fingerprint([self[row]]) for row in range(len(self)))
 
-    def augmented(self, index, keys): raise ValueError("images of a data set are augmented by its own transform: leave `augment` out")
+    def augmented(self, index, keys):
+        raise ValueError("images of a data set are augmented by its own transform: leave `augment` out")
 
     def _item(self, row):
         "Image and label, checked."
@@ -426,11 +489,13 @@ class Items(Stream):
         item = self.dataset[number]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise ValueError(f"a data set must give pairs (image, label), got {_what(item)} for item {number}")
-        image, label = _as_images(item[0]), plain_number(item[1])
+        image = _as_images(item[0])
+        label = plain_number(item[1])
         _check_pixels(image, f" (item {number})")
         shape = getattr(self, 'shape', [1, *image.shape])
         if image.dim() != 3 or image.shape != tuple(shape[1:]):
-            raise ValueError(f"images of a data set must be [C, H, W] of one size: item {number} is {list(image.shape)}, the first is {list(shape[1:])}")
+            raise ValueError(f"images of a data set must be [C, H, W] of one size: item {number} is "
+                             f"{list(image.shape)}, the first is {list(shape[1:])}")
         return image, label
 
 # %% ../nbs/02_data.ipynb #a9064e95

@@ -82,14 +82,15 @@ def _without_footer(path, text, header, rows):
     above = rows[-2] if len(rows) > 1 else None
     ended = text.endswith(('\n', '\r')) or rest
     if not ended and not _is_whole(rows[-1], above, header):
-        warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][place]} is left out")
+        warn(f"{path} ends in the middle of a line: the row of idx {rows[-1][place]} is left out", stacklevel=2)
         return rows[:-1]
     if not rest and above and len(rows[-1]) != len(header): rest = [rows.pop()]
     if rest:
         words = ' '.join(rest[0])[:80]
-        warn(f"{path} goes on after its last row, with {words!r}: left out, as it is no row")
+        warn(f"{path} goes on after its last row, with {words!r}: left out, as it is no row", stacklevel=2)
     return rows
 
+# %% ../nbs/04_log.ipynb #63915441
 def _is_whole(row, above, header):
     "Whether a last line without a line end is all there."
     def shape(row): return re.sub(r'\w', 'x', row[-1].rpartition('.')[2])           # 0:00:03.966459 -> xxxxxx
@@ -114,7 +115,7 @@ def _once(path, header, rows):
     if twice:
         more = ' ...' if len(twice) > 3 else ''
         warn(f"{path} has idx {', '.join(twice[:3])}{more} twice, in rows that agree: "
-             "each counts once. Did two processes write it?")
+             "each counts once. Did two processes write it?", stacklevel=2)
     return list(kept.values())
 
 # %% ../nbs/04_log.ipynb #64e82b67
@@ -201,6 +202,30 @@ def _text(name, value):
     seconds, micro = divmod(round(value * 1e6), 1_000_000)
     return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}.{micro:06}'
 
+# %% ../nbs/04_log.ipynb #3c9326ed
+def _earlier_rows(path, setup):
+    "The rows that an earlier run ended, each as column -> text; raises if they belong to something else."
+    text = _text_of(path) if path.exists() else ''
+    if '\t'.join(COLUMNS).startswith(text): return []                                # killed while it wrote the header
+    header, rows = _rows(path, text[:text.rfind('\n') + 1] or text)
+    if 'data' not in header or header != COLUMNS[:len(header)]:                      # columns may have been added since
+        raise ValueError(f"{path} is another kind of file, its columns are {' '.join(header)}: "
+                         "choose another path for the log")
+    _check(_frame(path, header, rows), path)
+    rows = [dict(zip(header, row)) for row in rows]
+    differ = [words for name in SETUP for words in _differences(name, rows, setup)]
+    if differ:
+        raise ValueError(f"{path} belongs to another setting ({'; '.join(differ)}): "
+                         "choose another path for the log, or delete it to begin again")
+    return rows
+
+def _differences(name, rows, setup):
+    "What earlier rows say of a column, where it is something else now."
+    now = _text(name, setup[name])
+    found = sorted({row.get(name, '') for row in rows})
+    other = [was for was in found if not _same(name, was, now)]
+    return [f"{name}: {was or 'unknown'} there, {now or 'unknown'} now" for was in other]
+
 # %% ../nbs/04_log.ipynb #16207eb3
 class LogWriter:
     "A log that is being written: one line per image, in the file as soon as it is known. Held until `close`."
@@ -215,7 +240,7 @@ class LogWriter:
         self.lock = hold(self.path)
         try:
             with saving(self.path):
-                rows = self._resume()
+                rows = _earlier_rows(self.path, setup)
                 self.done = {int(row['idx']): row['data'] for row in rows}           # idx -> hash of image and label
                 lines = [_line(row.get(name, '') for name in COLUMNS) for row in rows]
                 content = ''.join([_line(COLUMNS), *lines]).encode()
@@ -224,29 +249,6 @@ class LogWriter:
         except BaseException:
             self.lock.release()
             raise
-
-    def _resume(self):
-        "The rows that an earlier run ended, each as column -> text; raises if they belong to something else."
-        text = _text_of(self.path) if self.path.exists() else ''
-        if '\t'.join(COLUMNS).startswith(text): return []                            # killed while it wrote the header
-        header, rows = _rows(self.path, text[:text.rfind('\n') + 1] or text)
-        if 'data' not in header or header != COLUMNS[:len(header)]:                  # columns may have been added since
-            raise ValueError(f"{self.path} is another kind of file, its columns are {' '.join(header)}: "
-                             "choose another path for the log")
-        _check(_frame(self.path, header, rows), self.path)
-        rows = [dict(zip(header, row)) for row in rows]
-        differ = [words for name in SETUP for words in self._differences(name, rows)]
-        if differ:
-            raise ValueError(f"{self.path} belongs to another setting ({'; '.join(differ)}): "
-                             "choose another path for the log, or delete it to begin again")
-        return rows
-
-    def _differences(self, name, rows):
-        "What earlier rows say of a column, where it is something else now."
-        now = _text(name, self.setup[name])
-        found = sorted({row.get(name, '') for row in rows})
-        other = [was for was in found if not _same(name, was, now)]
-        return [f"{name}: {was or 'unknown'} there, {now or 'unknown'} now" for was in other]
 
     def write(self,
         row:dict,  # idx label predict radius correct time (seconds) n_a n_true selected data
@@ -266,6 +268,7 @@ class LogWriter:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
+# %% ../nbs/04_log.ipynb #dc921d7c
 def _line(fields): return '\t'.join(fields) + '\n'
 
 # %% ../nbs/04_log.ipynb #acbfc562

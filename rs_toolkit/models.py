@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'MODELS', 'Normalize', 'Normalized', 'BasicBlock', 'CifarResNet', 'LeNet', 'mlp', 'small_cnn',
            'cnn_digits', 'cnn4', 'cnn7', 'torchvision_net', 'model_names', 'build', 'model_tensors', 'weights_hash',
-           'device_of', 'is_scripted', 'check_model', 'for_any_number', 'frozen', 'exact_float32', 'answers',
+           'device_of', 'is_scripted', 'check_model', 'for_any_number', 'frozen', 'exact_float32', 'probe', 'answers',
            'HalfSpace']
 
 # %% ../nbs/03_models.ipynb #3456848c
@@ -164,6 +164,7 @@ def model_names()->list:
     "Every name that `build` knows."
     return [*MODELS, *(n for n in torchvision.models.list_models(torchvision.models) if n.startswith(FAMILIES))]
 
+# %% ../nbs/03_models.ipynb #c8b3e87f
 def build(
     name:str,          # mlp, small_cnn ..., a ResNet, ResNeXt or RegNet of torchvision, or package.module:Net
     num_classes:int,   # logits
@@ -302,8 +303,10 @@ def exact_float32():
                 for (place, name, _), value in zip(switches, before): setattr(place, name, value)
 
 # %% ../nbs/03_models.ipynb #ec37336d
-def _probe(image_shape):
-    "Sixteen images in [0, 1], the same on every machine: grids of 1, 2, 4 and 8 random cells along each side."
+def probe(
+    image_shape,  # C, H, W
+)->torch.Tensor:  # [16, C, H, W]
+    "Made-up images in [0, 1], the same on every machine: grids of 1, 2, 4 and 8 random cells along each side."
     channels, *size = image_shape
     draw = np.random.RandomState(0)                              # RandomState: its stream is frozen for good
     grids = [torch.from_numpy(draw.rand(4, channels, cells, cells)).float() for cells in (1, 2, 4, 8)]
@@ -318,7 +321,7 @@ def answers(
     device=None,  # of the images; None: where the model's tensors are
 )->str:           # four numbers; '' where the same image gets another answer each time, which identifies nothing
     "What a model says to a fixed probe: tells two functions apart that have the same tensors."
-    images = _probe(image_shape).to(device_of(model) if device is None else device)
+    images = probe(image_shape).to(device_of(model) if device is None else device)
     first = _ask(model, images, batch_size)
     return first if same_answers(first, _ask(model, images, batch_size)) else ''
 

@@ -10,7 +10,6 @@ import ast
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 from configparser import ConfigParser
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from traitlets.log import get_logger
 
-from .common import (document, hold, interruptible, package_folder, project_folder, saving, unknown,
+from .common import (document, hold, interruptible, package_folder, run_folder, saving, unknown,
                                write_file)
 from .processes import ALONE
 
@@ -131,7 +130,7 @@ def open_run(
     world=ALONE,   # of `join_processes`: the first process holds the folder and writes, the others compare
 )->tuple:          # the folder, with config.json in it; its lock, to release at the end (None for the other processes)
     "Begin a run, or go on with one that was begun with the same parameters. One run at a time."
-    folder = Path(out).expanduser() if out else project_folder()/'runs'/re.sub(r'[^\w.-]+', '-', default)
+    folder = run_folder(out, default)
     with saving(folder): folder.mkdir(parents=True, exist_ok=True)
     first = world.rank == 0
     lock = hold(folder) if first else None

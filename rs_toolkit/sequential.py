@@ -31,7 +31,7 @@ def schedule(
         at.append(max(at[-1] + chunk, int(np.ceil(at[-1] * ratio / chunk)) * chunk))
     return (*[look for look in at if look < n], check_samples(n))
 
-# %% ../nbs/00_sequential.ipynb #3b05f26a
+# %% ../nbs/00_sequential.ipynb #8b630de0
 def _binomial(n, p, drop):
     "Chances of the counts of `n` votes as (lowest count, chances), without tails of at most `drop` each."
     k = np.arange(n + 1)
@@ -48,13 +48,15 @@ def _draw(low, chance, n, p, drop):
     unlikely = np.searchsorted(chance.cumsum(), drop, 'right')
     return low + more + unlikely, chance[unlikely:]
 
+# %% ../nbs/00_sequential.ipynb #3b05f26a
 def crossing_probability(
     looks,        # increasing numbers of votes [looks]
     thresholds,   # count that stops at each look; beyond the number of votes: never
     p:float,      # true probability of a vote, in (0, 1)
 )->np.ndarray:    # [looks], chance to have stopped by then; exact to about ten digits
     "How often a count reaches its threshold at one look or another."
-    low, chance = 0, np.ones(1)                                   # before the first vote the count is 0
+    low = 0
+    chance = np.ones(1)   # before the first vote the count is 0
     seen = 0
     crossed = [0.]
     for look, threshold in zip(looks, thresholds):
@@ -89,7 +91,8 @@ def spending_thresholds(
     "Thresholds of a group-sequential test that spends `alpha` to the last bit (Lan & DeMets, 1983)."
     slack = 1e-6 * check_alpha(alpha)
     rho = check_number(rho, 'rho')
-    low, chance = 0, np.ones(1)
+    low = 0
+    chance = np.ones(1)
     seen = spent = 0
     thresholds = []
     for look in looks:
@@ -135,19 +138,21 @@ def hope_thresholds(
     n, last = np.broadcast_arrays(np.array(looks)[:, None], last)
     return fewest(lambda count: shortfall(last - count, looks[-1] - n, count, n) <= z, n)
 
-# %% ../nbs/00_sequential.ipynb #403bd8c9
+# %% ../nbs/00_sequential.ipynb #51db316c
 def log_wealth(
     k,            # votes for the class
     n,            # votes drawn
     p,            # claim to bet against: the true probability is at most this, in (0, 1)
 )->np.ndarray:
     "Logarithm of what a bettor has made of 1; under the claim it ever reaches log(1/alpha) with chance <= alpha."
-    k, p = np.asarray(k), np.asarray(p)
+    k = np.asarray(k)
+    p = np.asarray(p)
     against = n - k
     with np.errstate(divide='ignore'):                            # far below p nothing is left: -inf
         larger = np.log(betaincc(k + .5, against + .5, p) / betaincc(.5, .5, p))
     return betaln(k + .5, against + .5) - betaln(.5, .5) + larger - k*np.log(p) - against*np.log1p(-p)
 
+# %% ../nbs/00_sequential.ipynb #403bd8c9
 def anytime_bound(
     k,            # votes for the class, a number or an array
     n,            # votes drawn, a number or an array
@@ -156,7 +161,8 @@ def anytime_bound(
     "Lower bound on a probability that holds for all `n` at once: look, stop, go on as you like."
     k, n = np.broadcast_arrays(k, n)
     enough = -np.log(check_alpha(alpha)) + 1e-9                   # the last digits of the wealth are not to be trusted
-    low, high = np.zeros(k.shape), np.maximum(k, .5) / n          # without a vote nothing is refuted
+    low = np.zeros(k.shape)
+    high = np.maximum(k, .5) / n   # without a vote nothing is refuted
     for _ in range(40):
         middle = (low + high) / 2
         refuted = log_wealth(k, n, middle) >= enough
@@ -199,7 +205,8 @@ def randomized_bound(
     plain = lower_bound(k, n, alpha)
     if (u == 1).all(): return plain
     next_one = np.where(k == n, .5**(1/n), lower_bound(np.minimum(k + 1, n), n, alpha))
-    low, high = plain, np.maximum(next_one, plain)
+    low = plain
+    high = np.maximum(next_one, plain)
     for _ in range(60):
         p = (low + high) / 2
         at_least = betainc(np.maximum(k, 1), n - np.maximum(k, 1) + 1, p)
@@ -209,12 +216,13 @@ def randomized_bound(
         high = np.where(chance <= alpha, high, p)
     return np.where(u == 1, plain, low)[()]
 
-# %% ../nbs/00_sequential.ipynb #e0a362fb
+# %% ../nbs/00_sequential.ipynb #def55a79
 STOPS = {'certified': 'the largest radius that was asked for',
          'futile': 'no larger radius is within reach',
          'close': 'nearly the radius that all votes would give',
          'end': 'all votes were drawn'}
 
+# %% ../nbs/00_sequential.ipynb #15cb2cb4
 @dataclass(frozen=True)
 class Standing:
     "Where images stand between two looks: a number each for one image, an array each for many."
@@ -228,6 +236,7 @@ class Standing:
     @property
     def missing(self): return self.wanted - self.n
 
+# %% ../nbs/00_sequential.ipynb #e0a362fb
 @dataclass
 class Procedure:
     "When to look, what is proven by then, and when to stop. A subclass says `schedule`, `judge` and `name`."
@@ -283,7 +292,9 @@ class Procedure:
             raise ValueError(f"a look takes the votes for the class among the first {at.wanted} samples, "
                              f"those of earlier looks included: got {count} after {at.count} of {at.n}")
         n = at.wanted
-        p_lower, stop, wanted = at.p_lower.copy(), at.stop.copy(), at.wanted.copy()
+        p_lower = at.p_lower.copy()
+        stop = at.stop.copy()
+        wanted = at.wanted.copy()
         live = stop == ''
         p_lower[live], stop[live] = self.judge(n[live], count[live], p_lower[live], at.u[live])
         stop[(stop == '') & (n >= self.n)] = 'end'
@@ -322,7 +333,7 @@ class Fixed(Procedure):
 
     def judge(self, n, count, p_lower, u): return randomized_bound(count, n, self.alpha, u), 'end'
 
-# %% ../nbs/00_sequential.ipynb #45032e4e
+# %% ../nbs/00_sequential.ipynb #3b3408a2
 def table_radii(
     sigma:float,   # noise level
     n:int,         # votes at most
@@ -332,6 +343,7 @@ def table_radii(
     "The radii of the field's tables: from 0 on, up to 95 % of the largest that `n` votes can certify."
     return tuple(step * np.arange(int(.95 * max_radius(sigma, n, alpha) / step) + 1))
 
+# %% ../nbs/00_sequential.ipynb #45032e4e
 @dataclass
 class Sequential(Procedure):
     "The largest radius of a table, from as few votes as it takes."
@@ -426,7 +438,8 @@ def simulate(
     seed=0,
 )->Standing:      # [images], all of them stopped; an image has cost n0 + n votes
     "What a procedure does with images whose probabilities are known."
-    p, rng = np.asarray(p), np.random.default_rng(seed)
+    p = np.asarray(p)
+    rng = np.random.default_rng(seed)
     at = procedure.begin(rng.binomial(n0, p), n0)
     while (at.stop == '').any():
         at = procedure.look(at, at.count + rng.binomial(at.missing, p))

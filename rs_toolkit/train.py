@@ -271,7 +271,7 @@ def _check_epoch(sums, learnt, epoch, method):
                                  "lower lr, or look at the method's own weights")
     if not learnt:
         warnings.warn(f"nothing was learnt in epoch {epoch}: no loss term depended on the weights. "
-                      f"Are logits detached, or turned into numbers, in {method}.forward?")
+                      f"Are logits detached, or turned into numbers, in {method}.forward?", stacklevel=2)
 
 # %% ../nbs/10_train.ipynb #7ea04af2
 @torch.enable_grad()     # under a caller's no_grad it would train nothing, without a word

@@ -155,7 +155,9 @@ def test_modes_batches_and_the_callers_module(bound):
     eval_bounds = bound(model, x, y, .05)
     model.train()
     model[1][1].eval()                                     # somebody keeps one layer fixed on purpose
-    before, modes, pixels = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()], x.clone()
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    pixels = x.clone()
     with torch.autocast('cpu', torch.bfloat16): assert torch.equal(bound(model, x, y, .05), eval_bounds)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes and torch.equal(x, pixels)
@@ -208,7 +210,8 @@ def test_overflow_proves_nothing():
         net[2].weight.fill_(1e-38)
         net[4].weight.copy_(torch.tensor([[0.]*4, [-1.]*4]))
         net[4].bias.copy_(torch.tensor([1., 0]))
-    x, y = torch.full((1, 1, 2, 2), .25), torch.tensor([0])
+    x = torch.full((1, 1, 2, 2), .25)
+    y = torch.tensor([0])
     assert net(x).isfinite().all()
     bounds = [crown.margin_bounds(net, x, y, .5, i) for i in INTERMEDIATE]
     for found in [boxes.margin_bounds(net, x, y, .5), *bounds]: assert found.tolist() == [[0, -torch.inf]]
@@ -217,14 +220,17 @@ def test_overflow_proves_nothing():
 def test_single_precision_does_not_promise_more(bound):
     "At the largest eps that double precision proves, single precision claims no more than `proved` forgives."
     torch.manual_seed(0)
-    model, x = build('cnn_digits', 10, 1, 8).eval(), torch.rand(24, 1, 8, 8)
+    model = build('cnn_digits', 10, 1, 8).eval()
+    x = torch.rand(24, 1, 8, 8)
     with torch.no_grad(): logits = model(x)
     y = logits.argmax(1)
-    low, high = torch.zeros(24, dtype=torch.float64), torch.full((24,), .2, dtype=torch.float64)
+    low = torch.zeros(24, dtype=torch.float64)
+    high = torch.full((24,), .2, dtype=torch.float64)
     for _ in range(20):
         middle = (low + high) / 2
         holds = worst(bound(model, x, y, middle, precision='float64'), y) > 0
-        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+        low = torch.where(holds, middle, low)
+        high = torch.where(holds, high, middle)
     assert 0 < low.min() < 1e-3 and low.max() < .2
     excess = worst(bound(model, x, y, low), y) - worst(bound(model, x, y, low, precision='float64'), y)
     assert (excess <= 1e-6*logits.abs().amax(1)).all()

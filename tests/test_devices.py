@@ -1,8 +1,12 @@
-"""What only runs on a graphics card, on a stand-in for one (`card.py`): the processor's numbers, and words for what is missing."""
+"""What only runs on a graphics card, on a stand-in for one (`card.py`).
+
+It ends with the processor's numbers, and what is missing is refused in words.
+"""
 from functools import partial
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import PartialState
@@ -36,11 +40,14 @@ def alone():
 
 def test_the_stand_in_is_strict():
     with card():
-        there, here = torch.zeros(3, device='cuda:0'), torch.zeros(3)
-        assert there.device == CARD and (there + 1).device == CARD and there.cpu().device.type == 'cpu'
+        there = torch.zeros(3, device='cuda:0')
+        here = torch.zeros(3)
+        assert there.device == CARD
+        assert (there + 1).device == CARD
+        assert there.cpu().device.type == 'cpu'
         for mix in lambda: there + here, lambda: here[there.long()], lambda: here.gather(0, there.long()):
             with pytest.raises(RuntimeError, match='two devices'): mix()
-        assert there[torch.tensor([0, 2])].shape == (2,)                                     # an index may lie on the processor
+        assert there[torch.tensor([0, 2])].shape == (2,)                        # an index may lie on the processor
         with pytest.raises(RuntimeError, match='generator'): there.normal_(generator=torch.Generator())
         with pytest.raises((TypeError, RuntimeError)): np.asarray(there)
         with pytest.raises(ValueError, match='specified index'): torch.cuda.set_device(torch.device('cuda'))
@@ -52,20 +59,25 @@ def test_a_device_that_is_not_there(name):
     "Refused before any work, with those that are."
     model = build('mlp', 10, 1, 8)
     before = [p.clone() for p in model.parameters()]
-    with mock.patch('torch.cuda.is_available', return_value=False), mock.patch('torch.backends.mps.is_available', return_value=False):
+    no_cuda = mock.patch('torch.cuda.is_available', return_value=False)
+    no_mps = mock.patch('torch.backends.mps.is_available', return_value=False)
+    with no_cuda, no_mps:
         assert str(pick_device('auto')) == 'cpu'
         with pytest.raises(ValueError, match=f"there is no device '{name}' here: this machine has cpu"):
             fit(model, Gaussian(.25), DIGITS, 1, device=name, progress=False)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    for p, q in zip(model.parameters(), before): assert torch.equal(p, q)
 
 def test_one_card():
     with card(count=1) as cuda:
-        assert {str(pick_device(name)) for name in ('auto', 'cuda', 'cuda:0', CARD)} == {'cuda:0'} and str(pick_device('cpu')) == 'cpu'
-        with pytest.raises(ValueError, match="no device 'cuda:3' here: this machine has cpu, cuda:0"): pick_device('cuda:3')
+        for name in 'auto', 'cuda', 'cuda:0', CARD: assert str(pick_device(name)) == 'cuda:0', name
+        assert str(pick_device('cpu')) == 'cpu'
+        with pytest.raises(ValueError, match="no device 'cuda:3' here: this machine has cpu, cuda:0"):
+            pick_device('cuda:3')
         assert join_processes(pick_device('auto')) == (0, 1)
         cuda.set_device.assert_called_with(CARD)
         assert environment(CARD)['hardware'] == 'Stand-in'
-    with card(count=3, current=2): assert str(pick_device('cuda')) == 'cuda:2'               # the one that the caller chose
+    with card(count=3, current=2):
+        assert str(pick_device('cuda')) == 'cuda:2'                             # the one that the caller chose
 
 def test_each_process_has_a_card_of_its_own(monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
@@ -83,13 +95,22 @@ def test_processes_that_do_not_meet(monkeypatch):
 
 # --- training
 
-def train(device, make=lambda: (Gaussian(.25), None), arch='small_cnn', data=DIGITS, epochs=4, mean=None, std=None, **kwargs):
+def plain(): return Gaussian(.25), None
+
+def train(device, make=plain, arch='small_cnn', data=DIGITS, epochs=4, mean=None, std=None, **kwargs):
+    "A trained model, and its history."
+    images, labels = data
     torch.manual_seed(0)
-    model, (method, curriculum) = build(arch, int(data[1].max()) + 1, data[0].shape[1], 8, mean, std), make()
-    history = fit(model, method, data, epochs, batch_size=20, lr=.02, device=device, curriculum=curriculum, progress=False, **kwargs)
+    model = build(arch, int(labels.max()) + 1, images.shape[1], 8, mean, std)
+    method, curriculum = make()
+    history = fit(model, method, data, epochs, batch_size=20, lr=.02, device=device, curriculum=curriculum,
+                  progress=False, **kwargs)
     return model, history.drop(columns='seconds')
 
-def same(ours, theirs): return all(torch.equal(a.cpu(), b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
+def assert_same(there, here):
+    "Every tensor of a model on the card is that of the one on the processor."
+    for name, tensor in here.state_dict().items():
+        assert torch.equal(there.state_dict()[name].cpu(), tensor), name
 
 @pytest.mark.parametrize('name', trainer.METHODS)
 def test_every_method_trains_there_what_it_trains_here(name, monkeypatch):
@@ -97,14 +118,19 @@ def test_every_method_trains_there_what_it_trains_here(name, monkeypatch):
     here, history = train('cpu', trainer.METHODS[name])
     with card():
         there, again = train('cuda', trainer.METHODS[name])
-        assert all(isinstance(p, OnCard) for p in there.parameters()) and again.equals(history) and same(there, here)
+        for name, p in there.named_parameters(): assert isinstance(p, OnCard), name
+        pd.testing.assert_frame_equal(again, history)
+        assert_same(there, here)
 
 def test_colour_batch_norm_augmentation_micro_batches_and_accuracy():
-    setting = dict(arch='cifar_resnet20', data=COLOUR, epochs=2, augment=crop_flip, micro_batch=8, test=COLOUR, mean=[.5]*3, std=[.2]*3)
+    setting = dict(arch='cifar_resnet20', data=COLOUR, epochs=2, augment=crop_flip, micro_batch=8, test=COLOUR,
+                   mean=[.5]*3, std=[.2]*3)
     here, history = train('cpu', **setting)
     with card():
         there, again = train('auto', **setting)
-        assert again.equals(history) and same(there, here) and accuracy(there, *COLOUR, sigma=.25) == accuracy(here, *COLOUR, sigma=.25)
+        pd.testing.assert_frame_equal(again, history)
+        assert_same(there, here)
+        assert accuracy(there, *COLOUR, sigma=.25) == accuracy(here, *COLOUR, sigma=.25)
 
 def test_a_run_goes_on_there(tmp_path, monkeypatch):
     "With the random state of the card, which dropout draws from."
@@ -114,25 +140,30 @@ def test_a_run_goes_on_there(tmp_path, monkeypatch):
     for name in 'sodm', 'easy_data':
         whole, _ = train('cpu', trainer.METHODS[name])
         with card() as cuda:
-            with pytest.raises(KeyboardInterrupt, match='kept'): train('cuda', trainer.METHODS[name], resume=tmp_path/name, watch=stop)
+            with pytest.raises(KeyboardInterrupt, match='kept'):
+                train('cuda', trainer.METHODS[name], resume=tmp_path/name, watch=stop)
             state = torch.load(tmp_path/name, weights_only=True)
-            assert state['device_rng'].tolist() == [7]*16 and state['setup']['device'] == 'cuda'
+            assert state['device_rng'].tolist() == [7]*16
+            assert state['setup']['device'] == 'cuda'
             again, history = train('cuda', trainer.METHODS[name], resume=tmp_path/name)
-            assert len(history) == 4 and same(again, whole)
+            assert len(history) == 4
+            assert_same(again, whole)
             assert cuda.set_rng_state.call_args.args[0].tolist() == [7]*16
-        with pytest.raises(ValueError, match="device was 'cuda', is 'cpu'"): train('cpu', trainer.METHODS[name], resume=tmp_path/name)
+        with pytest.raises(ValueError, match="device was 'cuda', is 'cpu'"):
+            train('cpu', trainer.METHODS[name], resume=tmp_path/name)
 
 # --- the rest that a model on a card is asked
 
 def test_certification_attack_votes_and_predictions_there():
     model, _ = train('cpu', epochs=8)
-    images, labels = DIGITS[0][:6], DIGITS[1][:6]
+    images, labels = (t[:6] for t in DIGITS)
     def all_of(model):
-        return (certification.certify(model, images, .25, n0=20, n=200),
-                certification.predict(model, images, .25, n=100),
-                attack_smoothed(model, images, labels, .25, .3, steps=2, num_noise=4, n=50, progress=False).to_dict('list'),
-                right_votes(model, images, labels, torch.arange(6), .25, 9).tolist(),
-                smoothed_predictions(model, images, .25, n=30, progress=False).tolist())
+        attacked = attack_smoothed(model, images, labels, .25, .3, steps=2, num_noise=4, n=50, progress=False)
+        return dict(certify=certification.certify(model, images, .25, n0=20, n=200),
+                    predict=certification.predict(model, images, .25, n=100),
+                    attacked=attacked.to_dict('list'),
+                    right_votes=right_votes(model, images, labels, torch.arange(6), .25, 9).tolist(),
+                    predictions=smoothed_predictions(model, images, .25, n=30, progress=False).tolist())
     here = all_of(model)
     with card():
         model.to(CARD)

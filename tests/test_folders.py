@@ -1,5 +1,4 @@
 "Folders of images as people have them: every kind of file at its own white, or refused by name."
-
 import numpy as np
 import pytest
 import torch
@@ -10,11 +9,12 @@ from torchvision.transforms import functional as TF
 from rs_toolkit.data import load
 
 RNG = np.random.RandomState(0)
-BYTES, COLOURS = RNG.randint(0, 256, (8, 8), np.uint8), RNG.randint(0, 256, (8, 8, 3), np.uint8)
+BYTES = RNG.randint(0, 256, (8, 8), np.uint8)
+COLOURS = RNG.randint(0, 256, (8, 8, 3), np.uint8)
 WORDS = RNG.randint(0, 65_536, (8, 8)).astype(np.uint16)
 
 def folder(root, images, other=()):
-    "A data set of one class: `images` (name -> Pillow image) are its test split, and of train, unless there are others."
+    "A data set of one class: `images` (name -> Pillow image) are its test split, and train, unless there are others."
     for split, content in ('test', images), ('train', other or images):
         (root/split/'thing').mkdir(parents=True, exist_ok=True)
         for name, image in content.items(): image.save(root/split/'thing'/name)
@@ -40,6 +40,10 @@ def with_alpha(image, alpha):
     image.putalpha(alpha)
     return image
 
+def in_lab(image):
+    srgb = ImageCms.createProfile('sRGB')
+    return ImageCms.profileToProfile(image, srgb, ImageCms.createProfile('LAB'), outputMode='LAB')
+
 @pytest.mark.parametrize('image, name, expected', [
     (Image.fromarray(BYTES > 127), '0.png', grey(BYTES > 127, 1)),
     (Image.fromarray(BYTES > 127), '0.tif', grey(BYTES > 127, 1)),
@@ -59,23 +63,24 @@ def with_alpha(image, alpha):
 def test_every_kind_of_image_at_its_own_white(tmp_path, image, name, expected):
     assert torch.equal(read(tmp_path, image, name), expected)
 
-@pytest.mark.parametrize('value, white, expected', [(30_000, 65_535, .4578), (65_535, 65_535, 1.), (256, 65_535, .0039)])
-def test_a_constant_of_16_bits(tmp_path, value, white, expected):
+@pytest.mark.parametrize('value, expected', [(30_000, .4578), (65_535, 1.), (256, .0039)])
+def test_a_constant_of_16_bits(tmp_path, value, expected):
     pixels = read(tmp_path, Image.fromarray(np.full((8, 8), value, np.uint16)))
-    assert pixels.shape == (1, 8, 8) and (pixels == torch.tensor(value)/white).all() and abs(pixels.mean() - expected) < 1e-4
+    assert torch.equal(pixels, (torch.tensor(value)/65_535).expand(1, 8, 8))
+    assert abs(pixels.mean() - expected) < 1e-4
 
 @pytest.mark.parametrize('image, name, says', [
     (Image.fromarray(WORDS.astype(np.int32)), '0.tif', "Pillow's mode I cannot be brought to [0, 1]"),
     (Image.fromarray(BYTES.astype(np.float32)), '0.tif', "Pillow's mode F cannot be brought to [0, 1]"),
-    (ImageCms.profileToProfile(Image.fromarray(COLOURS), ImageCms.createProfile('sRGB'), ImageCms.createProfile('LAB'), outputMode='LAB'), '0.tif',
-     "Pillow's mode LAB cannot be brought to [0, 1]"),
+    (in_lab(Image.fromarray(COLOURS)), '0.tif', "Pillow's mode LAB cannot be brought to [0, 1]"),
     (with_alpha(Image.fromarray(COLOURS), 254), '0.png', 'it is transparent'),
     (with_alpha(Image.fromarray(BYTES), 0), '0.png', 'it is transparent'),
     (palette(transparency=0), '0.png', 'it is transparent'),
 ])
 def test_what_would_need_a_guess_is_refused_by_name(tmp_path, image, name, says):
     with pytest.raises(OSError) as e: read(tmp_path, image, name)
-    assert f'could not read the image {tmp_path}/test/thing/{name}: {says}' in str(e.value) and 'save it' in str(e.value)
+    assert f'could not read the image {tmp_path}/test/thing/{name}: {says}' in str(e.value)
+    assert 'save it' in str(e.value)
 
 def test_a_transparent_colour_of_a_file_without_alpha(tmp_path):
     Image.fromarray(COLOURS).save(tmp_path/'key.png', transparency=tuple(int(c) for c in COLOURS[0, 0]))
@@ -87,39 +92,51 @@ def test_a_broken_image_is_named(tmp_path):
     with pytest.raises(OSError, match=f'could not read the image {tmp_path}/test/thing/0.png: '): load(where, 'test')
 
 def test_grey_folders_are_grey_and_mixed_ones_are_coloured(tmp_path):
-    grey_one, deep_one, coloured = Image.fromarray(BYTES), Image.fromarray(WORDS), Image.fromarray(COLOURS)
+    grey_one = Image.fromarray(BYTES)
+    deep_one = Image.fromarray(WORDS)
+    coloured = Image.fromarray(COLOURS)
     where = folder(tmp_path/'grey', {'0.png': grey_one, '1.png': deep_one})
     assert torch.equal(load(where, 'test')[0], torch.stack([grey(BYTES, 255), grey(WORDS, 65_535)]))
     expected = torch.stack([grey(BYTES, 255).repeat(3, 1, 1), colour(COLOURS), grey(WORDS, 65_535).repeat(3, 1, 1)])
     where = folder(tmp_path/'mixed', {'0.png': grey_one, '1.png': coloured, '2.png': deep_one})
     assert torch.equal(load(where, 'test')[0], expected)
-    where = folder(tmp_path/'halves', {'0.png': grey_one}, {'0.png': grey_one, '1.png': coloured})      # the other split decides, too
-    assert torch.equal(load(where, 'test')[0][0], expected[0]) and torch.equal(load(where, 'train')[0], expected[:2])
+    where = folder(tmp_path/'halves', {'0.png': grey_one}, {'0.png': grey_one, '1.png': coloured})
+    assert torch.equal(load(where, 'test')[0][0], expected[0])                     # the other split decides, too
+    assert torch.equal(load(where, 'train')[0], expected[:2])
 
 def test_jpegs_in_colour_are_what_they_were(tmp_path):
     "The networks that come with the project were trained on these pixels: they must not change by a bit."
-    where = folder(tmp_path, {f'{i}.jpg': Image.fromarray(RNG.randint(0, 256, (32, 32, 3), np.uint8)) for i in range(6)})
-    old = torch.stack([TF.pil_to_tensor(image) for image, _ in torchvision.datasets.ImageFolder(tmp_path/'test')]).float().div_(255)
+    pixels = RNG.randint(0, 256, (6, 32, 32, 3), np.uint8)
+    where = folder(tmp_path, {f'{i}.jpg': Image.fromarray(image) for i, image in enumerate(pixels)})
+    as_torchvision = [TF.pil_to_tensor(image) for image, _ in torchvision.datasets.ImageFolder(tmp_path/'test')]
     images, labels = load(where, 'test')
-    assert torch.equal(images, old) and images.dtype == torch.float32 and images.is_contiguous() and labels.tolist() == [0]*6
+    assert torch.equal(images, torch.stack(as_torchvision).float().div_(255))
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    assert labels.tolist() == [0]*6
 
 def test_one_size(tmp_path):
     where = folder(tmp_path, {'0.png': Image.fromarray(BYTES), '1.png': Image.fromarray(BYTES[:6])})
-    with pytest.raises(ValueError, match=r'must have one size: .*1\.png is \[1, 6, 8\], the first is \[1, 8, 8\]'): load(where, 'test')
+    says = r'must have one size: .*1\.png is \[1, 6, 8\], the first is \[1, 8, 8\]'
+    with pytest.raises(ValueError, match=says): load(where, 'test')
+
+VISIBLE = ['cat/0.png', 'cat/sub/1.png', 'dog/0.png']
+HIDDEN = ['.ipynb_checkpoints/0.png', 'cat/.ipynb_checkpoints/0.png', 'dog/._0.png', '.Trash/x/0.png']
 
 @pytest.mark.parametrize('dataset', ['folder', 'imagenet'])
 def test_hidden_files_and_folders_are_no_part_of_it(tmp_path, dataset):
-    root = tmp_path/'.hidden'/'imagenet'                                                       # what lies above does not count
+    root = tmp_path/'.hidden'/'imagenet'                                           # what lies above does not count
     image = Image.fromarray(COLOURS)
     for split in 'train', 'test':
-        for name in 'cat/0.png', 'cat/sub/1.png', 'dog/0.png', '.ipynb_checkpoints/0.png', 'cat/.ipynb_checkpoints/0.png', 'dog/._0.png', '.Trash/x/0.png':
+        for name in VISIBLE + HIDDEN:
             (root/split/name).parent.mkdir(parents=True, exist_ok=True)
             image.save(root/split/name)
         (root/split/'.DS_Store').write_text('x')
         (root/split/'cat/notes.txt').write_text('x')
     for split in 'train', 'test':
         images, labels = load(f'folder:{root}', split) if dataset == 'folder' else load('imagenet', split, root.parent)
-        assert len(images) == 3 and labels.tolist() == [0, 0, 1]
+        assert len(images) == len(VISIBLE)
+        assert labels.tolist() == [0, 0, 1]
 
 @pytest.mark.parametrize('dataset', ['folder', 'imagenet'])
 def test_a_class_without_images_and_a_split_without_classes(tmp_path, dataset):
@@ -134,10 +151,14 @@ def test_a_class_without_images_and_a_split_without_classes(tmp_path, dataset):
     with pytest.raises(ValueError, match='must hold CLASS/.* classes empty'): load(*where)
 
 def test_photos_of_a_stream_keep_their_white(tmp_path):
-    for split in 'train', 'test':
-        for i, image in enumerate([Image.fromarray(np.full((300, 260), 30_000, np.uint16)), Image.new('L', (300, 260), 117), Image.new('CMYK', (300, 260), (0, 0, 0, 138)),
-                                   Image.new('RGBA', (300, 260), (117, 117, 117, 0)).convert('RGBA')]):
-            (tmp_path/'imagenet'/split/'n0').mkdir(parents=True, exist_ok=True)
-            image.save(tmp_path/'imagenet'/split/'n0'/f'{i}.{"tif" if image.mode == "CMYK" else "png"}')
+    size = (300, 260)
+    photos = {
+        '0.png': Image.fromarray(np.full(size, 30_000, np.uint16)),
+        '1.png': Image.new('L', size, 117),
+        '2.tif': Image.new('CMYK', size, (0, 0, 0, 138)),
+        '3.png': Image.new('RGBA', size, (117, 117, 117, 0)),
+    }
+    folder(tmp_path/'imagenet', photos)
     images, _ = load('imagenet', 'test', tmp_path)
-    assert images[:].shape == (4, 3, 224, 224) and (images[:] == torch.tensor(117.)/255).all()
+    assert images[:].shape == (4, 3, 224, 224)
+    for name, image in zip(photos, images[:]): assert (image == torch.tensor(117.)/255).all(), name

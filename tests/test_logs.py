@@ -120,7 +120,8 @@ CHANGES = {
 @pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.filterwarnings('ignore:.*(goes on after|in rows that agree)')
 def test_a_log_goes_on_whatever_happened_to_its_bytes(tmp_path, change):
-    path, whole = tmp_path/'log.tsv', tmp_path/'whole.tsv'
+    path = tmp_path/'log.tsv'
+    whole = tmp_path/'whole.tsv'
     for place, images in (path, range(3)), (whole, range(5)):
         with LogWriter(place, SETTING) as log:
             for i in images: log.write(row(i))
@@ -190,14 +191,16 @@ def slow(x):
     return torch.stack([x.mean((1, 2, 3)), .5 - x.mean((1, 2, 3))], 1)
 
 x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-certify_dataset(slow, x, torch.zeros(3, dtype=torch.int64), sigma=.5, n0=10, n=20, alpha=.1, log=sys.argv[1], progress=False)
+settings = dict(sigma=.5, n0=10, n=20, alpha=.1, log=sys.argv[1], progress=False)
+certify_dataset(slow, x, torch.zeros(3, dtype=torch.int64), **settings)
 '''
 
 def mean_of(x): return torch.stack([x.mean((1, 2, 3)), .5 - x.mean((1, 2, 3))], 1)
 
 def certify_here(log, model=mean_of):
     x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    return certify_dataset(model, x, torch.zeros(3, dtype=torch.int64), sigma=.5, n0=10, n=20, alpha=.1, log=log, progress=False)
+    settings = dict(sigma=.5, n0=10, n=20, alpha=.1, log=log, progress=False)
+    return certify_dataset(model, x, torch.zeros(3, dtype=torch.int64), **settings)
 
 @pytest.mark.filterwarnings('ignore')
 def test_the_second_process_is_refused_at_once_and_a_killed_one_does_not_block(tmp_path):
@@ -229,7 +232,9 @@ def test_a_refused_writer_lets_go(tmp_path):
 
 class PlainNormalize(nn.Module):
     "Its constants are numbers that no state_dict knows."
-    def __init__(self, mean): super().__init__(); self.mean = mean
+    def __init__(self, mean):
+        super().__init__()
+        self.mean = mean
     def forward(self, x): return x - self.mean
 
 @pytest.mark.filterwarnings('ignore')
@@ -283,7 +288,8 @@ def mix(tmp_path):
 @pytest.mark.filterwarnings('ignore:.*goes on after')
 def test_any_mix_stands_in_one_table(mix, tmp_path):
     rows = read_runs(*mix)
-    table, spread = table_of(rows), spread_of(rows)
+    table = table_of(rows)
+    spread = spread_of(rows)
     assert table.loc[.5].round(3).T.to_dict() == {
         'MACER': {'seeds': 3, 'ACR': .3, 0.: 53.3, .25: 53.3, .5: 53.3, .75: 6.7, 1.: 6.7, 1.25: 0},
         'CRT': {'seeds': 1, 'ACR': .5, 0.: 40, .25: 40, .5: 40, .75: 40, 1.: 40, 1.25: 40},

@@ -1,12 +1,20 @@
-"""Methods, attacks, curricula and networks of one's own: named by their module, checked before any work, and usable to the end."""
+"Parts of one's own: named by their module, checked before any work, usable to the end."
 import json
+import subprocess
 import sys
 
 import pytest
 
 from rs_toolkit.attacks import ATTACKS
-from rs_toolkit.run import Parts, arguments, open_run
-from test_runs import mill, record, succeed
+from rs_toolkit import catalogue
+from rs_toolkit.catalogue import Entry
+from rs_toolkit.data import load
+from rs_toolkit.models import build
+from rs_toolkit.recipe import Parts, arguments
+from rs_toolkit.run import open_run
+from rs_toolkit.train import fit
+from test_recipes import asked, choose_parts, prepare
+from test_runs import ENV, record, succeed
 
 MODULE = '''
 import torch
@@ -52,7 +60,8 @@ class Forgetful:
 class Net(nn.Module):
     def __init__(self, num_classes, in_channels, image_size, hidden=16):
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(in_channels*image_size**2, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(in_channels*image_size**2, hidden), nn.ReLU(),
+                                  nn.Linear(hidden, num_classes))
 
     def forward(self, x): return self.body(x)
 '''
@@ -71,49 +80,51 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 def parts(**given):
-    plain = dict(sigma=.25, seed=0, num_noise=2, method='gaussian', method_args={}, attack='none', attack_args={}, ramp={},
-                 curriculum='none', curriculum_args={})
+    plain = dict(sigma=.25, seed=0, num_noise=2, method='gaussian', method_args={}, attack='none', attack_args={},
+                 ramp={}, curriculum='none', curriculum_args={})
     return Parts(**plain | given)
 
 def test_a_run_of_own_parts_trains_certifies_and_compares(own):
-    run, finer = own/'run', own/'finer'
-    given = dict(method='my_package.my_module:Brier', method_args=dict(weight=2), attack='my_package.my_module:shift', attack_args=dict(by=.05),
-                 curriculum='my_package.my_module:Odd', curriculum_args=dict(step=3), arch='my_package.my_module:Net', arch_args=dict(hidden=40),
-                 epochs=3, n=300, every=40)
+    run = own/'run'
+    finer = own/'finer'
+    given = dict(method='my_package.my_module:Brier', method_args=dict(weight=2),
+                 attack='my_package.my_module:shift', attack_args=dict(by=.05),
+                 curriculum='my_package.my_module:Odd', curriculum_args=dict(step=3),
+                 arch='my_package.my_module:Net', arch_args=dict(hidden=40), epochs=3, n=300, every=40)
     succeed('train', run, path=own, out=str(run), **given)
-    assert json.loads((run/'config.json').read_text())['parameters'].items() >= given.items()         # names as they were given
-    assert record(run)['weight'] == 2 and record(run)['arch_hidden'] == 40 and record(run)['attack_by'] == .05
+    asked_for = json.loads((run/'config.json').read_text())['parameters']
+    assert {name: asked_for[name] for name in given} == given                          # names as they were given
+    assert [record(run)[name] for name in ('weight', 'arch_hidden', 'attack_by')] == [2, 40, .05]
     assert (run/'history.csv').read_text().startswith('epoch,lr,brier,')
     succeed('certify', finer, path=own, checkpoint=str(run), out=str(finer), n=500, every=40)
     succeed('compare', own/'table', path=own, runs=[str(run), str(run/'certify.tsv')], radii=[0])
 
-def test_a_width_is_an_argument(tmp_path):
-    import torch
-    from rs_toolkit.checkpoint import load
-    succeed('train', tmp_path, out=str(tmp_path), arch_args=dict(width=8), epochs=1, n=200, every=60)
-    net = load(tmp_path)
-    assert net.metadata['arch_args'] == {'width': 8} and next(net.parameters()).shape == torch.Size([8, 1, 3, 3])
-
 def test_arguments_reach_through_subclasses(own):
     calm = parts(method='my_package.my_module:Calm', method_args=dict(calm=2., lbd=7.))
     method = calm.objective()
-    assert (method.lbd, method.num_noise) == (7., 2)                                     # lbd is Consistency's, num_noise is Method's
+    assert (method.lbd, method.num_noise) == (7., 2)                 # lbd is Consistency's, num_noise is Method's
     assert {'calm', 'lbd', 'eta', 'form', 'attack', 'ramp', 'seed'} <= set(arguments(calm.maker.func))
-    assert list(arguments(ATTACKS['sphere'])) == ['model', 'x', 'y', 'noise', 'eps', 'steps', 'norm', 'strength']
+    assert {'model', 'x', 'y', 'noise', 'eps', 'steps', 'norm', 'strength'} == set(arguments(ATTACKS['sphere']))
 
 @pytest.mark.parametrize('given, says', [
     (dict(method='my_package.my_modul:Brier'), 'the module my_package.my_modul cannot be imported here'),
     (dict(method='my_package.my_module:Brie'), "has no attribute 'Brie'"),
-    (dict(method='my_package.my_module:Brier'), "method my_package.my_module:Brier needs weight: pass -y 'method_args: {weight: ...}'"),
+    (dict(method='my_package.my_module:Brier'),
+     "method my_package.my_module:Brier needs weight: pass -y 'method_args: {weight: ...}'"),
     (dict(method='my_package.my_module:Brier', method_args=dict(wieght=1)), "did you mean 'weight'?"),
     (dict(method='my_package.my_module:Net'), 'must be a subclass of rs_toolkit.methods.core.Method'),
     (dict(method='my_package.my_module:shift'), 'must be a subclass of rs_toolkit.methods.core.Method'),
     (dict(method='none'), 'a run needs a method'),
-    (dict(method='my_package.my_module:Alone'), 'takes no num_noise: leave that out, or let its __init__ pass **kwargs on to Method'),
-    (dict(method='my_package.my_module:Alone', num_noise=1, attack='sphere', ramp=dict(switch_on=1)), 'takes no attack and no ramp'),
-    (dict(attack='my_package.my_module:flat'), 'must return the moved noise [m, b, C, H, W], [2, 1, 3, 32, 32] here, got [6144]'),
-    (dict(attack='my_package.my_module:weak'), "must answer to attack(model, x, y, noise, strength=1.): got an unexpected keyword argument 'strength'"),
-    (dict(attack='my_package.my_module:shift', attack_args=dict(bye=1)), "unknown argument of attack my_package.my_module:shift 'bye': did you mean 'by'?"),
+    (dict(method='my_package.my_module:Alone'),
+     'takes no num_noise: leave that out, or let its __init__ pass **kwargs on to Method'),
+    (dict(method='my_package.my_module:Alone', num_noise=1, attack='sphere', ramp=dict(switch_on=1)),
+     'takes no attack and no ramp'),
+    (dict(attack='my_package.my_module:flat'),
+     'must return the moved noise [m, b, C, H, W], [2, 1, 3, 32, 32] here, got [6144]'),
+    (dict(attack='my_package.my_module:weak'),
+     "must answer to attack(model, x, y, noise, strength=1.): got an unexpected keyword argument 'strength'"),
+    (dict(attack='my_package.my_module:shift', attack_args=dict(bye=1)),
+     "unknown argument of attack my_package.my_module:shift 'bye': did you mean 'by'?"),
     (dict(curriculum='my_package.my_module:Forgetful'), 'has no state_dict and no load_state_dict'),
     (dict(curriculum='my_package.my_module:Odd', curriculum_args=dict(steps=3)), "did you mean 'step'?"),
     (dict(curriculum='my_package.my_module:torch'), 'must be a class or a function, got a module')])
@@ -124,12 +135,32 @@ def test_a_mistake_in_a_part_is_told(own, given, says):
 @pytest.mark.parametrize('given, says', [
     (dict(method='my_package.my_module:Brier'), 'needs weight'),
     (dict(arch='my_package.my_modul:Net'), 'cannot be imported here'),
-    (dict(arch='my_package.my_module:Net', arch_args=dict(hiden=3)), "did you mean 'hidden'?"),
-    (dict(arch_args=dict(depth=3)), "unknown argument of model small_cnn 'depth'")])
+    (dict(arch='my_package.my_module:Net', arch_args=dict(hiden=3)), "did you mean 'hidden'?")])
 def test_a_run_stops_before_any_work(own, given, says):
-    done = mill('train', own/'run', path=own, out=str(own/'run'), **given)
-    assert done.returncode == 1 and says in done.stderr, done.stderr[-2000:]
-    assert not (own/'run/config.json').exists()
+    with pytest.raises(ValueError) as e: prepare(given)
+    assert says in str(e.value)
+
+def test_one_entry_brings_a_method_into_the_laboratory(own, monkeypatch):
+    entry = Entry('brier', 'Brier', '#123456', 'my_package.my_module:Brier')
+    monkeypatch.setitem(catalogue.METHODS, entry.key, entry)
+    parts = choose_parts(asked(dict(method='brier', method_args=dict(weight=2.))))
+    history = fit(build('mlp', 10, 1, 8), parts.objective(), load('digits', 'train'), 2, device='cpu', progress=False)
+    assert history.brier.iloc[-1] < history.brier.iloc[0]
+    with pytest.raises(ValueError, match="unknown method 'brir': did you mean 'brier'"):
+        choose_parts(asked(dict(method='brir')))
+
+def test_a_run_imports_the_method_it_needs_and_no_other():
+    code = """
+import sys
+from rs_toolkit.recipe import Parts
+Parts(sigma=.25, seed=0, num_noise=2, method='macer', method_args={}, attack='none', attack_args={}, ramp={},
+      curriculum='none', curriculum_args={})
+print(*(name.rpartition('.')[2] for name in sys.modules if name.startswith('rs_toolkit.methods.')))
+"""
+    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert 'macer' in imported
+    assert imported <= {'core', 'macer', 'gaussian', 'catrs'}, 'teachers and their predictions are made by the last two'
 
 def test_a_default_folder_has_a_legal_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,7 @@
-"""The field's published logs and tables, read and recomputed. They lie beside the checkout, in ../shared/reference; without them these tests are skipped."""
+"""The field's published logs and tables, read and recomputed.
+
+They lie beside the checkout, in ../shared/reference; without them these tests are skipped.
+"""
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +26,24 @@ def open_paper(name, sigma):
 def test_every_log_opens(path):
     log = read_log(path)
     images = {'cifar10': 10_000, 'imagenet': 500}[path.parent.name]
-    assert list(log) == COLUMNS and len(log) == images and log.idx.nunique() == images
-    assert log[COLUMNS[:6]].notna().all(axis=None) and log[COLUMNS[6:]].isna().all(axis=None)
-    assert ((log.predict == log.label) == (log.correct == 1)).all() and (log.radius[log.predict == -1] == 0).all()
+    assert list(log) == COLUMNS
+    assert len(log) == log.idx.nunique() == images
+    assert log[COLUMNS[:6]].notna().all(axis=None)
+    assert log[COLUMNS[6:]].isna().all(axis=None)
+    assert ((log.predict == log.label) == (log.correct == 1)).all()
+    assert (log.radius[log.predict == -1] == 0).all()
     assert log.time.dt.total_seconds().between(.1, 1000).all()
     sigma = float(path.stem.rpartition('_')[2])
     explained = read_log(path, sigma=sigma, n=100_000, alpha=.001)  # what these allow, in three digits, is the most
-    assert explained.radius.equals(log.radius) and log.radius.max() == float(f'{max_radius(sigma, 100_000, .001):.3}')
+    assert explained.radius.equals(log.radius)
+    assert log.radius.max() == float(f'{max_radius(sigma, 100_000, .001):.3}')
     with pytest.raises(ValueError, match='at most'): read_log(path, sigma=sigma, n=10_000, alpha=.001)
 
 
-@pytest.mark.parametrize('name, method, sigma', [('ours', 'Ours', .25), ('ours', 'Ours', .5), ('ours', 'Ours', 1.), ('macer', 'MACER', 1.), ('smoothmix', 'SmoothMix', .5)])
+ROWS = [('ours', 'Ours', .25), ('ours', 'Ours', .5), ('ours', 'Ours', 1.), ('macer', 'MACER', 1.),
+        ('smoothmix', 'SmoothMix', .5)]
+
+@pytest.mark.parametrize('name, method, sigma', ROWS)
 def test_rows_of_the_paper(name, method, sigma):
     table = pd.read_csv(REFERENCE/'published'/'acr_paper_table2.csv')
     row = table[(table.method == method) & (table.sigma == sigma)]
@@ -53,6 +63,9 @@ def test_released_p_a_curves(name):
 
 def test_published_logs_compare_once_they_are_explained():
     paths = {method: PAPER/'cifar10'/f'{method}_1.0.tsv' for method in ('gaussian', 'ours')}
-    with pytest.raises(ValueError, match=r'n, alpha, n0, split.*read_log'): check_comparable({k: read_log(p) for k, p in paths.items()})
+    bare = {method: read_log(path) for method, path in paths.items()}
+    with pytest.raises(ValueError, match=r'n, alpha, n0, split.*read_log'): check_comparable(bare)
     table = summary({method: open_paper(method, 1.) for method in paths}, [0, 2])
-    assert table.ACR['ours'] > table.ACR['gaussian'] and table[0]['ours'] < table[0]['gaussian'] and table[2]['ours'] > table[2]['gaussian']
+    assert table.ACR['ours'] > table.ACR['gaussian']
+    assert table[0]['ours'] < table[0]['gaussian']
+    assert table[2]['ours'] > table[2]['gaussian']

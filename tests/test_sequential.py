@@ -37,7 +37,8 @@ def test_looks_are_whole_chunks_of_noise():
 
 
 def test_fixed_is_the_certificate_of_certify():
-    fixed, counts = Fixed(.5, 1000), np.arange(1001)
+    fixed = Fixed(.5, 1000)
+    counts = np.arange(1001)
     at = fixed.look(fixed.begin(counts), counts)
     for k in counts:
         c = Certificate.from_counts(np.array([100, 0]), np.array([k, 1000 - k]), .5, .001)
@@ -93,11 +94,14 @@ def test_the_programme_is_exact(p):
     "Against whole vectors and a library's binomial chances."
     looks = schedule(3000, ratio=1.5)
     thresholds = spending_thresholds(p, looks, .01)
-    alive, seen, crossed = np.ones(1), 0, 0.
+    alive = np.ones(1)
+    seen = 0
+    crossed = 0.
     for look, threshold in zip(looks, thresholds):
         alive = np.convolve(alive, binom.pmf(np.arange(look - seen + 1), look - seen, p))
         crossed += alive[threshold:].sum()
-        alive, seen = alive[:threshold], look
+        alive = alive[:threshold]
+        seen = look
     np.testing.assert_allclose(crossing_probability(looks, thresholds, p)[-1], crossed, rtol=1e-8)
     assert crossed <= .01
 
@@ -105,13 +109,15 @@ def test_the_programme_is_exact(p):
 def test_overclaims_at_full_size():
     "A false certificate in about alpha of 100,000 images with nothing to spare, N = 100,000."
     for p in WORST:
-        procedure, trials = Sequential(1., N, radii=[ndtri(p)], z=np.inf), 100_000
+        procedure = Sequential(1., N, radii=[ndtri(p)], z=np.inf)
+        trials = 100_000
         wrong = (simulate(procedure, np.full(trials, p*(1 - 1e-12)), seed=7).p_lower > 0).sum()
         assert abs(wrong - 100) < 4*np.sqrt(100), (p, wrong)
 
 
 def test_thresholds_grow_with_the_radius():
-    radii, looks = np.arange(0, 3.7, .05), schedule(N, ratio=1.3)
+    radii = np.arange(0, 3.7, .05)
+    looks = schedule(N, ratio=1.3)
     table = table_thresholds(ndtr(radii), looks, .001)
     alone = np.array([spending_thresholds(float(p), looks, .001) for p in ndtr(radii)]).T
     assert (np.diff(table, axis=1) >= 0).all() and (table >= alone).all()
@@ -121,7 +127,9 @@ def test_thresholds_grow_with_the_radius():
 
 def test_any_stopping_rule():
     "A rule that stops at the first false certificate it sees, looking after every vote."
-    rng, p, trials = np.random.default_rng(0), .8, 1500
+    rng = np.random.default_rng(0)
+    p = .8
+    trials = 1500
     n = np.arange(1, 801)
     threshold = fewest(lambda k: anytime_bound(k, n, .1) >= p, n)
     wrong = ((rng.random((trials, 800)) < p*(1 - 1e-9)).cumsum(1) >= threshold).any(1).mean()
@@ -141,7 +149,8 @@ def test_every_procedure_has_a_name_that_a_log_can_tell_apart():
 
 def probabilities(path, every=5):
     "Noise level, true probabilities behind a published log, and which images are right."
-    sigma, rng = float(path.stem.split('_')[1]), np.random.default_rng(0)
+    sigma = float(path.stem.split('_')[1])
+    rng = np.random.default_rng(0)
     log = read_log(path, sigma=sigma, n0=100, n=N, alpha=.001)[::every]
     votes = votes_of(ndtr(log.radius.to_numpy() / sigma), N, .001)
     p = np.where(votes < N, votes / N, 1 - rng.exponential(1e-5, len(log)))
@@ -153,12 +162,17 @@ def fewer(at, n0=100): return (N + 100) / (at.n + n0).mean()
 
 @published
 def test_savings_for_a_table():
-    cost, differ, shift, known = [], [], [], []
+    cost = []
+    differ = []
+    shift = []
+    known = []
     for path in FILES:
         sigma, p, correct = probabilities(path)
         table = Sequential(sigma, N, radii=np.arange(0, LARGEST[sigma] + .1, .25))
-        at, whole = simulate(table, p, seed=1), simulate(Fixed(sigma, N), p, seed=2)
-        ours, theirs = at.p_lower[:, None] >= table.p, whole.p_lower[:, None] >= table.p
+        at = simulate(table, p, seed=1)
+        whole = simulate(Fixed(sigma, N), p, seed=2)
+        ours = at.p_lower[:, None] >= table.p
+        theirs = whole.p_lower[:, None] >= table.p
         cost.append(100 + at.n)
         known.append(np.where(correct | (p < .505), 100 + at.n, 100))
         differ.append((ours != theirs).ravel())
@@ -186,10 +200,12 @@ def test_savings_for_one_radius():
 def test_a_radius_for_every_image_is_dearer():
     "About three times fewer votes for a few percent of the average radius; a smaller fixed n is nearly as good."
     for procedure, n0, least, kept in [(Pilot, 500, 3, .94), (Anytime, 100, 2, .94)]:
-        factors, parts = [], []
+        factors = []
+        parts = []
         for path in FILES:
             sigma, p, correct = probabilities(path, every=100)
-            at, whole = simulate(procedure(sigma, N), p, n0, seed=4), simulate(Fixed(sigma, N), p, seed=5)
+            at = simulate(procedure(sigma, N), p, n0, seed=4)
+            whole = simulate(Fixed(sigma, N), p, seed=5)
             radii = [Fixed(sigma).radius(end.p_lower) * correct for end in (at, whole)]
             factors.append(1 / fewer(at, n0))
             parts.append(radii[0].mean() / radii[1].mean())

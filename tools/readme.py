@@ -1,7 +1,11 @@
-"""Render README.md from nbs/index.ipynb: `python tools/readme.py [FOLDER]` runs the notebook and writes README.md (and its figures) into FOLDER."""
+"""Render README.md from nbs/index.ipynb.
+
+    python tools/readme.py [FOLDER]
+
+runs the notebook and writes README.md (and its figures) into FOLDER.
+"""
 import base64
 import sys
-from itertools import count
 from pathlib import Path
 
 import nbformat
@@ -11,28 +15,44 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def render(folder):
     "README.md and nbs/images/index_*.png below `folder`."
-    nb = nbformat.read(ROOT/'nbs/index.ipynb', 4)
-    NotebookClient(nb, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(ROOT/'nbs')}}).execute()
-    parts, pictures = [], (f'nbs/images/index_{number}.png' for number in count(1))
-    for cell in nb.cells:
-        lines = cell.source.split('\n')
-        if cell.cell_type == 'markdown': parts.append(cell.source.replace('](explore/', '](nbs/explore/'))
-        elif '#| hide' not in lines:
-            parts.append('```python\n' + '\n'.join(line for line in lines if not line.startswith('#|')) + '\n```')
-            parts += [shown for output in cell.outputs if (shown := show(output, pictures, folder))]
+    notebook = nbformat.read(ROOT/'nbs/index.ipynb', 4)
+    NotebookClient(notebook, kernel_name='python3', store_widget_state=False,
+                   resources={'metadata': {'path': str(ROOT/'nbs')}}).execute()
+    parts = []
+    pictures = 0
+    for cell in notebook.cells:
+        if cell.cell_type == 'markdown': parts.append(from_top(cell.source))
+        if cell.cell_type != 'code' or '#| hide' in cell.source.split('\n'): continue
+        parts.append(code(cell.source))
+        for output in cell.outputs:
+            data = output.get('data', {})
+            if 'image/png' in data and output.get('name') != 'stderr':
+                pictures += 1
+                parts.append(picture(data['image/png'], f'nbs/images/index_{pictures}.png', folder))
+            elif text(output): parts.append(text(output))
     (folder/'README.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
 
-def show(output, pictures, folder):
-    "An output as markdown: pictures go to the next file, tables stay tables, text is indented."
+def from_top(text):
+    "Links of the notebook, which lies in nbs/, as README has them."
+    return text.replace('](explore/', '](nbs/explore/').replace('](../', '](')
+
+def code(source):
+    "A cell as a block of Python, without nbdev's directives."
+    lines = [line for line in source.split('\n') if not line.startswith('#|')]
+    return '\n'.join(['```python', *lines, '```'])
+
+def picture(content, name, folder):
+    "A picture goes to a file below `folder`."
+    (folder/name).parent.mkdir(parents=True, exist_ok=True)
+    (folder/name).write_bytes(base64.b64decode(content))
+    return f'![]({name})'
+
+def text(output):
+    "An output as markdown: tables stay tables, text is indented; empty where there is nothing to read."
     data = output.get('data', {})
-    if output.get('name') == 'stderr': return None
-    if 'image/png' in data:
-        image = next(pictures)
-        (folder/image).parent.mkdir(parents=True, exist_ok=True)
-        (folder/image).write_bytes(base64.b64decode(data['image/png']))
-        return f'![]({image})'
-    text = data.get('text/markdown') or data.get('text/plain') or output.get('text', '')
-    if 'text/markdown' in data: return text
-    return '\n'.join('    ' + line for line in text.rstrip().split('\n')) if text.strip() else None
+    if output.get('name') == 'stderr': return ''
+    if 'text/markdown' in data: return data['text/markdown']
+    plain = data.get('text/plain') or output.get('text', '')
+    return '\n'.join('    ' + line for line in plain.rstrip().split('\n')) if plain.strip() else ''
 
 if __name__ == '__main__': render(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)

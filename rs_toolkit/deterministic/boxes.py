@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..common import check_number, check_samples, document, unknown
+from ..common import check_number, document, unknown
 from ..data import check_images, check_labels
 from ..models import Normalize, check_model, device_of, frozen
 
-# %% ../../nbs/deterministic/boxes.ipynb #f83477bc
+# %% ../../nbs/deterministic/boxes.ipynb #d3d909a5
 class Box(NamedTuple):
     "All points between two corners; a coordinate with equal ends is fixed."
     lower:torch.Tensor  # [b, ...]
@@ -36,6 +36,7 @@ class Box(NamedTuple):
     @property
     def radius(self): return (self.upper - self.lower) / 2
 
+# %% ../../nbs/deterministic/boxes.ipynb #f83477bc
 def check_eps(
     eps,            # half-width in [0,1]-pixel units: one number, or one for each image
     size:int,       # images
@@ -57,7 +58,7 @@ def ball(
     upper = torch.nextafter(x + radius, torch.where(radius > 0, torch.inf, x))
     return Box(lower.clamp(min=0), upper.clamp(max=1))
 
-# %% ../../nbs/deterministic/boxes.ipynb #0983371f
+# %% ../../nbs/deterministic/boxes.ipynb #ed87b647
 class Scale(nn.Module):
     "A factor and a shift for each channel."
     def __init__(self, factor, shift):
@@ -69,6 +70,7 @@ class Scale(nn.Module):
         shape = [-1] + [1]*(x.dim() - 2)
         return torch.addcmul(self.shift.view(shape), x, self.factor.view(shape))
 
+# %% ../../nbs/deterministic/boxes.ipynb #0983371f
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 def fixed(
@@ -117,7 +119,7 @@ class Reshape(nn.Module):
 
     def forward(self, x): return x.reshape(len(x), *self.sizes)
 
-# %% ../../nbs/deterministic/boxes.ipynb #ada46dbc
+# %% ../../nbs/deterministic/boxes.ipynb #d31a675a
 def weigh(
     layer,           # Linear or Conv2d
     x,               # its input; the weights follow its precision
@@ -126,7 +128,9 @@ def weigh(
     "The layer's own forward pass."
     weight = layer.weight.to(x)
     bias = None if layer.bias is None else layer.bias.to(x)
-    if absolute: weight, bias = weight.abs(), None
+    if absolute:
+        weight = weight.abs()
+        bias = None
     return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
 
 def _weighted(layer, box):
@@ -143,6 +147,7 @@ def _increasing(layer, box): return Box(layer(box.lower), layer(box.upper))
 def _added(layer, a, b): return Box(a.lower + b.lower, a.upper + b.upper)
 def _subtracted(layer, a, b): return Box(a.lower - b.upper, a.upper - b.lower)
 
+# %% ../../nbs/deterministic/boxes.ipynb #ada46dbc
 WEIGHTED = (nn.Linear, nn.Conv2d)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.LogSigmoid, nn.Tanh,
                nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid)
@@ -161,7 +166,7 @@ def entry(
     "The type that says what a layer does: its own or an ancestor's, if it shares the forward pass."
     return next((t for t in type(layer).__mro__ if t in table and t.forward is type(layer).forward), None)
 
-# %% ../../nbs/deterministic/boxes.ipynb #a3fb3d94
+# %% ../../nbs/deterministic/boxes.ipynb #1856ab17
 @dataclass(frozen=True, eq=False)
 class Step:
     "One layer at work."
@@ -179,6 +184,7 @@ def _dropout(p=.5, training=True, inplace=False):
 
 def _contiguous(): return nn.Identity()
 
+# %% ../../nbs/deterministic/boxes.ipynb #a3fb3d94
 OPERATIONS = {  # what a forward pass may write between its layers -> the layer that does it
     F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU,
     torch.sigmoid: nn.Sigmoid, 'sigmoid': nn.Sigmoid, torch.tanh: nn.Tanh, 'tanh': nn.Tanh, F.softplus: nn.Softplus,
@@ -189,7 +195,7 @@ OPERATIONS = {  # what a forward pass may write between its layers -> the layer 
     operator.sub: Subtract, operator.isub: Subtract, torch.sub: Subtract,
     F.dropout: _dropout, 'contiguous': _contiguous}
 
-# %% ../../nbs/deterministic/boxes.ipynb #8843fa7f
+# %% ../../nbs/deterministic/boxes.ipynb #d0a5b96f
 KNOWN = (*RULES, *BATCH_NORMS, *PASSED)
 
 def _refused(
@@ -202,6 +208,7 @@ def _refused(
                       f"Known layers: {layers}; between them: {operations}. An activation must be "
                       "increasing, which GELU, SiLU and Mish are not")
 
+# %% ../../nbs/deterministic/boxes.ipynb #872b8a83
 def _operation(node, values, where):
     "The layer that does what a forward pass writes between its layers."
     what = getattr(node.target, '__name__', node.target)
@@ -211,6 +218,7 @@ def _operation(node, values, where):
     try: return OPERATIONS[node.target](*given, **options)
     except TypeError as e: raise _refused(f"{what} with {given or ''}{options or ''} ({e})", where) from e
 
+# %% ../../nbs/deterministic/boxes.ipynb #8843fa7f
 def _check_layer(layer, values, where):
     "Refuse what the rules would get wrong."
     what = type(layer).__name__
@@ -237,7 +245,7 @@ def _alone(layer, node, where):
         layer.inplace = False
     return layer
 
-# %% ../../nbs/deterministic/boxes.ipynb #923bda24
+# %% ../../nbs/deterministic/boxes.ipynb #8274ceb2
 class _Reader(fx.Tracer):
     "Goes into every module that has no rule and is not one of torch's own."
     def is_leaf_module(self, module, name):
@@ -257,8 +265,10 @@ def _is_shape(node):
     "Whether a node asks how large a value is, not what it is."
     return node.target == 'size' or (node.target is getattr and node.args[1] == 'shape')
 
+# %% ../../nbs/deterministic/boxes.ipynb #923bda24
 def _steps(model):
-    steps, place = [], {}                          # place: node -> position of the step that gives its value
+    steps = []
+    place = {}   # place: node -> position of the step that gives its value
     for node in _graph(model).nodes:
         values = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a in place]
         if node.op == 'placeholder' and not steps:
@@ -292,7 +302,7 @@ def propagate(
         boxes.append(rule(layer, *(boxes[i] for i in step.inputs)))
     return boxes
 
-# %% ../../nbs/deterministic/boxes.ipynb #f87bc970
+# %% ../../nbs/deterministic/boxes.ipynb #7aa71870
 @contextmanager
 def exactly(
     device,  # torch.device
@@ -306,6 +316,7 @@ def exactly(
         with torch.autocast(device.type, enabled=False), flags: yield
     finally: torch.set_float32_matmul_precision(precision)
 
+# %% ../../nbs/deterministic/boxes.ipynb #f87bc970
 @torch.no_grad()
 def read(
     model,    # nn.Module: images [b, C, H, W] -> logits [b, k], in any mode, which stays as it is
@@ -342,7 +353,8 @@ def margins(
     "Lower bounds of how far class y leads each class."
     weight = head.weight.to(features.lower)
     bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.to(weight)
-    centre, radius = features.centre, features.radius
+    centre = features.centre
+    radius = features.radius
     parts = []
     for classes in torch.arange(len(weight), device=y.device).split(max(1, LARGEST // features.lower.numel())):
         lead = weight[y][:, None] - weight[classes]                                                    # [b, c, d]
@@ -350,7 +362,7 @@ def margins(
         parts.append(middle - torch.einsum('bcd,bd->bc', lead.abs(), radius))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/boxes.ipynb #1f84e15e
+# %% ../../nbs/deterministic/boxes.ipynb #118e6953
 PRECISIONS = {'float32': torch.float32, 'float64': torch.float64}
 
 def prepare(
@@ -389,6 +401,7 @@ def settled(
     "Minus infinity where a bound is not finite, and no lead of a class over itself."
     return margins.where(margins.isfinite(), -torch.inf).scatter(1, y[:, None], 0.)
 
+# %% ../../nbs/deterministic/boxes.ipynb #e84dc980
 @torch.no_grad()
 def margin_bounds(
     model,                # nn.Module: images [b, C, H, W] -> logits [b, k]; bounded as in eval mode, and not changed
@@ -408,6 +421,7 @@ def margin_bounds(
             parts.append(settled(margins(steps[-1].layer, features, y[part]), y[part]))
     return torch.cat(parts)
 
+# %% ../../nbs/deterministic/boxes.ipynb #1f84e15e
 def proved(
     margins,      # [b, k] lower bounds, of `margin_bounds`
     logits,       # [b, k] of the network for the images themselves, in eval mode

@@ -16,7 +16,7 @@ from .boxes import (BATCH_NORMS, SHAPES, Add, Box, Scale, SpatialMean, Subtract,
                                             exactly, fixed, prepare, propagate, settled, weigh)
 from ..models import Normalize
 
-# %% ../../nbs/deterministic/crown.ipynb #f6d35daa
+# %% ../../nbs/deterministic/crown.ipynb #834223d4
 def _linear_map(layer, A, box):
     "Any linear layer: by its gradient."
     questions = A.flatten(0, 1)
@@ -36,6 +36,7 @@ def _scale(layer, A, box):
 
 def _shape(layer, A, box): return [A.reshape(*A.shape[:2], *box.lower.shape[1:])], 0.
 
+# %% ../../nbs/deterministic/crown.ipynb #f6d35daa
 def _convolution(layer, A, box):
     if layer.padding_mode != 'zeros' or isinstance(layer.padding, str):
         return _linear_map(partial(weigh, layer), A, box)
@@ -47,7 +48,8 @@ def _convolution(layer, A, box):
     return [part.unflatten(0, A.shape[:2])], constant
 
 def _relu(layer, A, box):
-    lower, upper = box.lower[:, None], box.upper[:, None]
+    lower = box.lower[:, None]
+    upper = box.upper[:, None]
     undecided = (lower < 0) & (upper > 0)
     inactive = torch.where(upper <= 0, 0., torch.nan)                 # what is not a number stays so
     decided = torch.where(lower >= 0, 1., inactive).to(A)
@@ -66,7 +68,7 @@ BACKWARD = {nn.Linear: _matrix, nn.Conv2d: _convolution, Scale: _scale, nn.ReLU:
             Add: _sum, Subtract: _difference, **dict.fromkeys(SHAPES, _shape),
             **dict.fromkeys((Normalize, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean), _linear_map)}
 
-# %% ../../nbs/deterministic/crown.ipynb #82b784a8
+# %% ../../nbs/deterministic/crown.ipynb #b1840e6a
 def lower_bounds(
     steps,            # of `boxes.read`
     boxes,            # Box of each step; those before a ReLU say where it bends
@@ -75,7 +77,8 @@ def lower_bounds(
     statistics=None,  # of `boxes.fixed`
 )->torch.Tensor:      # [b, s]; gradients flow
     "Lower bounds of linear functions of a layer's value, for all images of the first box."
-    waiting, total = {position: A}, 0.
+    waiting = {position: A}
+    total = 0.
     for i in range(position, 0, -1):
         if i not in waiting: continue
         A = waiting.pop(i)
@@ -84,9 +87,11 @@ def lower_bounds(
         total = total + constant
         for j, part in zip(steps[i].inputs, parts): waiting[j] = waiting[j] + part if j in waiting else part
     A = waiting[0].flatten(2)
-    centre, radius = boxes[0].centre.flatten(1), boxes[0].radius.flatten(1)
+    centre = boxes[0].centre.flatten(1)
+    radius = boxes[0].radius.flatten(1)
     return torch.einsum('bsn,bn->bs', A, centre) - torch.einsum('bsn,bn->bs', A.abs(), radius) + total
 
+# %% ../../nbs/deterministic/crown.ipynb #82b784a8
 def _is_exact(steps):
     "Whether interval bounds lose nothing: at most one layer mixes coordinates."
     alone = (*BATCH_NORMS, *SHAPES, Normalize)
@@ -117,7 +122,7 @@ def tighter(
         upper = upper.scatter(1, part, torch.minimum(high, upper.gather(1, part)))
     return Box(lower.unflatten(1, shape[1:]), upper.unflatten(1, shape[1:]))
 
-# %% ../../nbs/deterministic/crown.ipynb #9b0637e0
+# %% ../../nbs/deterministic/crown.ipynb #eae64ff8
 def layer_boxes(
     steps,              # of `boxes.read`
     box,                # of the images
@@ -134,6 +139,7 @@ def layer_boxes(
         boxes[before] = tighter(steps, boxes, before, questions, statistics)
     return boxes
 
+# %% ../../nbs/deterministic/crown.ipynb #9b0637e0
 def margins(
     steps,            # of `boxes.read`
     boxes,            # of `layer_boxes`
@@ -149,7 +155,7 @@ def margins(
         parts.append(lower_bounds(steps, boxes, len(steps) - 1, lead, statistics))
     return torch.cat(parts, 1)
 
-# %% ../../nbs/deterministic/crown.ipynb #fffcf733
+# %% ../../nbs/deterministic/crown.ipynb #b876eb7c
 INTERMEDIATE = ('ibp', 'crown')
 
 def check_steps(
@@ -163,6 +169,7 @@ def check_steps(
                              f"and a layer is never skipped. Known layers: {known}. "
                              "Interval bounds know more of them: boxes.margin_bounds")
 
+# %% ../../nbs/deterministic/crown.ipynb #fffcf733
 @torch.no_grad()
 def margin_bounds(
     model,                # nn.Module: images [b, C, H, W] -> logits [b, k]; bounded as in eval mode, and not changed

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from ..acr import accuracy_without_hardest, acr_by_decile, acr_without_hardest, all_or_nothing, constant
 from ..bounds import constant_acr, max_radius, trivial_budget
 from ..common import document
-from ..distribution import Outcome, open_log, outcome
+from ..distribution import Outcome, open_log
 from .core import GREEN, GREY, ORANGE, ZONE, Explorer, Votes
 from .core import add_traces, drop, line, log_slider, shipped_runs, text
 from .radius import large

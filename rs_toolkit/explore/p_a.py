@@ -268,8 +268,8 @@ def p_a_traces(page:Page)->tuple:
     high = dict(survival=1., difference=np.ceil(22 * most['difference'] + .1) / 20,
                 share=np.ceil(11 * most['share'] + .1) / 10, accuracy=1.)
     traces = {}
-    for i, (name, line) in enumerate(lines.items()):
-        traces |= {f'{panel} {i}': trace for panel, trace in run_traces(page, name, line, radii).items()}
+    for i, (name, drawn) in enumerate(lines.items()):
+        traces |= {f'{panel} {i}': trace for panel, trace in run_traces(page, name, drawn, radii).items()}
     traces |= name_traces(page, lines, high, reach) | image_traces(page, high, reach)
     axis = 'images with less' if page.cdf else 'images with at least as much'
     return traces, {'yaxis2.range': [-high['difference'], high['difference']], 'yaxis3.range': [0, high['share']],

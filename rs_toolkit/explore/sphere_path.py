@@ -18,33 +18,50 @@ from ..models import frozen
 from ..noise import noisy_logits
 
 # %% ../../nbs/explore/02_sphere_path.ipynb #dcedfd55
-def sphere_path(
-    model, x, y,                 # network, images [b, C, H, W], labels [b]
-    noise,                       # [m, b, C, H, W]
-    eps=.25, steps=4, norm=2,    # as in `sphere_attack`
-):                               # [steps + 1, m, b, C, H, W]; the first is `noise`, number t is that of `sphere_attack(steps=t)`
-    "Where the attack takes each noise, step by step (Sun et al., 2024, algorithm 1)."
-    images, labels, path = x.repeat(len(noise), 1, 1, 1), y.repeat(len(noise)), [noise.flatten(0, 1)]
-    right = torch.arange(len(images), device=x.device)
-    def watched(d):
-        nonlocal right
-        path.append(path[-1].index_copy(0, right, d.detach()))
-        logits = model(images[right] + d)
-        right = right[logits.argmax(1) == labels[right]]
+class _Watched:
+    "A network that adds the image to the noises it is shown, and writes down where they are."
+    def __init__(self, model, images, labels, noise):
+        self.model = model
+        self.images = images                                            # [m*b, C, H, W]
+        self.labels = labels                                            # [m*b]
+        self.path = [noise]                                             # of [m*b, C, H, W], a step each
+        self.right = torch.arange(len(images), device=images.device)    # those that are not finished
+
+    def __call__(self, noise):
+        self.path.append(self.path[-1].index_copy(0, self.right, noise.detach()))
+        logits = self.model(self.images[self.right] + noise)
+        self.right = self.right[logits.argmax(1) == self.labels[self.right]]
         return logits
-    with frozen(model): last = sphere_attack(watched, torch.zeros_like(x), y, noise, eps, steps, norm)
-    shown = [p.unflatten(0, noise.shape[:2]) for p in path[1:]]
+
+# %% ../../nbs/explore/02_sphere_path.ipynb #f4d0e66a
+def sphere_path(
+    model,       # network
+    x,           # images [b, C, H, W]
+    y,           # labels [b]
+    noise,       # [m, b, C, H, W]
+    eps=.25,     # these three as in `sphere_attack`
+    steps=4,
+    norm=2,
+):               # [steps + 1, m, b, C, H, W]; the first is `noise`, number t is that of `sphere_attack(steps=t)`
+    "Where the attack takes each noise, step by step (Sun et al., 2024, algorithm 1)."
+    m = len(noise)
+    watched = _Watched(model, x.repeat(m, 1, 1, 1), y.repeat(m), noise.flatten(0, 1))
+    with frozen(model): last = sphere_attack(watched, torch.zeros_like(x), y, noise, eps=eps, steps=steps, norm=norm)
+    shown = [noises.unflatten(0, noise.shape[:2]) for noises in watched.path[1:]]
     return torch.stack(shown + [last] * (steps + 1 - len(shown)))            # once all are wrong, nothing moves
 
 # %% ../../nbs/explore/02_sphere_path.ipynb #ba9cb50c
 @torch.no_grad()
 def path_confidence(
-    model, x, y,   # as in `sphere_path`
-    path,          # [t, m, b, C, H, W]
-):                 # confidence [t, m, b], the softmax of the label; right [t, m, b], whether the label is the answer
+    model,  # these three as in `sphere_path`
+    x,
+    y,
+    path,   # [t, m, b, C, H, W]
+):          # confidence [t, m, b], the softmax of the label; right [t, m, b], whether the label is the answer
     "How sure the network is of the label at each point of a path."
     with frozen(model): logits = noisy_logits(model, x, path.flatten(0, 1)).unflatten(0, path.shape[:2])
-    return logits.softmax(-1)[..., torch.arange(len(x), device=x.device), y], logits.argmax(-1) == y
+    confidence = logits.softmax(-1)[..., torch.arange(len(x), device=x.device), y]
+    return confidence, logits.argmax(-1) == y
 
 # %% ../../nbs/explore/02_sphere_path.ipynb #9385cd1c
 @dataclass(frozen=True)
@@ -68,12 +85,18 @@ class Walk:
         return (image_norm(self.path[steps]) / image_norm(self.path[0]) - 1).abs().max().item()
     def moved(self, steps):
         "Mean distance of each noise that was right at first from where it was, relative to its norm."
-        return (image_norm(self.path[steps] - self.path[0]) / image_norm(self.path[0])).flatten()[self.right[0]].mean().item()
+        way = image_norm(self.path[steps] - self.path[0]) / image_norm(self.path[0])
+        return way.flatten()[self.right[0]].mean().item()
 
+# %% ../../nbs/explore/02_sphere_path.ipynb #14f82679
 def walk(
-    model, x, label:int,       # network, image [C, H, W]
-    noise,                     # [m, C, H, W]
-    eps=.25, steps=4, norm=2,  # as in `sphere_attack`
+    model,      # network
+    x,          # image [C, H, W]
+    label:int,
+    noise,      # [m, C, H, W]
+    eps=.25,    # these three as in `sphere_attack`
+    steps=4,
+    norm=2,
 )->Walk:
     "Attack each noise of one image."
     y = torch.tensor([label])
@@ -83,22 +106,27 @@ def walk(
 
 # %% ../../nbs/explore/02_sphere_path.ipynb #3c4bea30
 def path_gradients(
-    model, images, labels,      # trained network, images [N, C, H, W], labels [N]
-    sigma:float,                # noise level
-    eps=.25, steps=4, norm=2,   # as in `sphere_attack`
-    num_noise=4,                # noises per image, m
-    n=100,                      # noisy draws behind p_a
-    seed=0,                     # of noises and draws
-):                              # yields steps + 1 frames of `gradient_norms`, after no step, one, two ...
+    model,        # trained network
+    images,       # [N, C, H, W]
+    labels,       # [N]
+    sigma:float,  # noise level
+    eps=.25,      # these three as in `sphere_attack`
+    steps=4,
+    norm=2,
+    num_noise=4,  # noises per image, m
+    n=100,        # noisy draws behind p_a
+    seed=0,       # of noises and draws
+):                # yields steps + 1 frames of `gradient_norms`, after no step, one, two ...
     "Gradient norm of each image under the Gaussian loss, while the attack moves its noises."
     def norms(noise, n):
         moved = Gaussian(sigma, num_noise=num_noise, attack=lambda *args, **kwargs: noise)
         return gradient_norms(model, moved, images, labels, n=n, batch_size=len(images), seed=seed, progress=False)
     noise = Gaussian(sigma, num_noise=num_noise, seed=seed).noise(model, images, labels, torch.arange(len(images)))
     path = sphere_path(model, images, labels, noise, eps, steps, norm)
-    for t, noise in enumerate(path):
-        if t == 0: frame = norms(noise, n)
-        elif not torch.equal(noise, path[t-1]): frame = norms(noise, 1).assign(p_a=frame.p_a)
+    frame = norms(path[0], n)
+    yield frame
+    for before, now in zip(path, path[1:]):
+        if not torch.equal(now, before): frame = norms(now, 1).assign(p_a=frame.p_a)
         yield frame
 
 # %% ../../nbs/explore/02_sphere_path.ipynb #1c459544

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..attacks import smoothed_pgd, sphere_attack
 from ..bounds import certified_radius, lower_bound, round_down
+from ..catalogue import METHODS
 from ..certify import ABSTAIN
 from ..common import check_samples, check_sigma, document, unknown
 from ..methods.consistency import Consistency
@@ -30,7 +31,8 @@ from ..train import fit
 
 # %% ../../nbs/explore/01_toy.ipynb #1f4fe7cb
 def _images(points, labels):
-    return torch.tensor(points, dtype=torch.float32).clamp(0, 1).reshape(-1, 2, 1, 1), torch.tensor(labels)
+    images = torch.tensor(points, dtype=torch.float32).clamp(0, 1)
+    return images.reshape(-1, 2, 1, 1), torch.tensor(labels)
 
 def two_moons(n=200, seed=0):
     "Two interleaved half circles, with noise enough for some points to stray."
@@ -40,11 +42,14 @@ def two_moons(n=200, seed=0):
 
 def spirals(n=200, seed=0):
     "Two arms, half a turn apart."
-    rng, labels = np.random.default_rng(seed), np.arange(n) % 2
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
     length = np.sqrt(rng.uniform(.03, 1, n))
     angle = np.pi * (2.4*length + labels)
-    return _images(.5 + .44*length[:, None]*np.stack([np.cos(angle), np.sin(angle)], 1) + .015*rng.standard_normal((n, 2)), labels)
+    arms = .5 + .44*length[:, None]*np.stack([np.cos(angle), np.sin(angle)], 1)
+    return _images(arms + .015*rng.standard_normal((n, 2)), labels)
 
+# %% ../../nbs/explore/01_toy.ipynb #94a5df87
 def half_space_model(): return HalfSpace(torch.tensor([.8, .6]).reshape(2, 1, 1), .7)
 
 def half_space(n=200, seed=0):
@@ -61,21 +66,28 @@ def toy_net(
     seed=0,    # of the weights
 )->Normalized:
     "A small network for images [b, 2, 1, 1]."
-    g, layers = torch.Generator().manual_seed(seed), [nn.Flatten()]
+    generator = torch.Generator().manual_seed(seed)
+    layers = [nn.Flatten()]
     for i, o in [(2, width), (width, width), (width, num_classes)]:
         linear = nn.utils.skip_init(nn.Linear, i, o)
-        for p in linear.parameters(): nn.init.uniform_(p, -i**-.5, i**-.5, generator=g)
+        for p in linear.parameters(): nn.init.uniform_(p, -i**-.5, i**-.5, generator=generator)
         layers += [linear, nn.ReLU()]
     return Normalized(nn.Sequential(*layers[:-1]), [.5, .5], [.15, .15])
+
+# %% ../../nbs/explore/01_toy.ipynb #de44eaff
+def _attacked(sigma, num_noise, attack, eps):
+    return Gaussian(sigma, num_noise=num_noise, attack=partial(attack, eps=eps, steps=2))
 
 TOY_METHODS = {  # name -> (noise level, epochs) -> method
     'no noise': lambda sigma, epochs: Gaussian(1e-4),
     'Gaussian': lambda sigma, epochs: Gaussian(sigma, num_noise=2),
-    'SmoothAdv': lambda sigma, epochs: Gaussian(sigma, num_noise=4, attack=partial(smoothed_pgd, eps=sigma, steps=2)),
-    'Consistency': lambda sigma, epochs: Consistency(sigma, num_noise=2, lbd=5.),
-    'MACER': lambda sigma, epochs: MACER(sigma, lbd=2., defer=epochs // 3, p_clip=1e-3, num_noise=8),
-    'sphere attack': lambda sigma, epochs: Gaussian(sigma, num_noise=2, attack=partial(sphere_attack, eps=sigma/2, steps=2))}
+    METHODS['smoothadv'].label: lambda sigma, epochs: _attacked(sigma, 4, smoothed_pgd, sigma),
+    METHODS['consistency'].label: lambda sigma, epochs: Consistency(sigma, num_noise=2, lbd=5.),
+    METHODS['macer'].label: lambda sigma, epochs: MACER(sigma, lbd=2., defer=epochs // 3, p_clip=1e-3, num_noise=8),
+    'sphere attack': lambda sigma, epochs: _attacked(sigma, 2, sphere_attack, sigma/2),
+}
 
+# %% ../../nbs/explore/01_toy.ipynb #f0bf96bd
 def train_toy(
     problem:str,        # key of `PROBLEMS`
     method='Gaussian',  # key of `TOY_METHODS`
@@ -90,8 +102,9 @@ def train_toy(
     if method not in TOY_METHODS: raise unknown('toy method', method, TOY_METHODS)
     if problem == 'half-space': return half_space_model().eval()
     model = toy_net(seed=seed)
-    fit(model, TOY_METHODS[method](check_sigma(sigma), epochs), PROBLEMS[problem](n, seed), epochs, batch_size=50, lr=.01, weight_decay=0., schedule='cosine', seed=seed,
-        device='cpu', optimizer='adam', watch=watch, progress=False)
+    objective = TOY_METHODS[method](check_sigma(sigma), epochs)
+    fit(model, objective, PROBLEMS[problem](n, seed), epochs, batch_size=50, lr=.01, weight_decay=0.,
+        schedule='cosine', seed=seed, device='cpu', optimizer='adam', watch=watch, progress=False)
     return model
 
 # %% ../../nbs/explore/01_toy.ipynb #e8639348
@@ -112,6 +125,7 @@ def grid(
     y, x = torch.meshgrid(at, at, indexing='ij')
     return torch.stack([x, y], -1).reshape(-1, 2, 1, 1)
 
+# %% ../../nbs/explore/01_toy.ipynb #656fb533
 @torch.no_grad()
 def logits_grid(
     model,           # images [b, 2, 1, 1] -> logits [b, k]
@@ -128,7 +142,8 @@ def lead(
     scores,       # [k, ...]
 )->np.ndarray:    # same shape
     "How much each class is ahead of the best of the others."
-    return np.stack([scores[label] - np.delete(scores, label, 0).max(0) for label in range(len(scores))])
+    others = [np.delete(scores, label, 0).max(0) for label in range(len(scores))]
+    return np.stack([own - best for own, best in zip(scores, others)])
 
 def shares(
     logits,       # [k, r, r]
@@ -142,22 +157,29 @@ def shares(
 # %% ../../nbs/explore/01_toy.ipynb #80c23596
 def _carried(at, cells, sigma):
     "Probability that noise carries each of `at` [n] into each of `cells` [R], along one axis."
-    edges, h = (cells[1:] + cells[:-1]) / 2, cells[1] - cells[0]
-    if check_sigma(sigma) < h: raise ValueError(f"noise of sigma={sigma:g} is finer than a cell of the grid, {h:.3g}: take more cells")
-    return torch.from_numpy(np.diff(ndtr((edges - np.asarray(at, float)[:, None]) / math.sqrt(sigma**2 - h**2/6)), prepend=0, append=1))
+    edges = (cells[1:] + cells[:-1]) / 2
+    h = cells[1] - cells[0]
+    if check_sigma(sigma) < h:
+        raise ValueError(f"noise of sigma={sigma:g} is finer than a cell of the grid, {h:.3g}: take more cells")
+    away = edges - np.asarray(at, float)[:, None]
+    below = ndtr(away / math.sqrt(sigma**2 - h**2/6))
+    return torch.from_numpy(np.diff(below, prepend=0, append=1))
 
 def _with_the_last(p):
     "Probabilities of all classes but the last, and what they leave to it."
     return np.clip(np.concatenate([p, 1 - p.sum(0, keepdims=True)]), 0, 1)
 
+# %% ../../nbs/explore/01_toy.ipynb #70f14532
 def smooth(
     part,         # [k, R, R], of `shares`
     cells,        # [R], of `centres`, with the same reach
     sigma:float,  # noise level
-    x, y,         # [c], [r]; where to look
+    x,            # [c]; where to look
+    y,            # [r]
 )->np.ndarray:    # [k, r, c]
     "Probability of each class under noise, on a grid of points."
-    return _with_the_last((_carried(y, cells, sigma) @ torch.from_numpy(part[:-1]) @ _carried(x, cells, sigma).T).numpy())
+    along_y = _carried(y, cells, sigma) @ torch.from_numpy(part[:-1])
+    return _with_the_last((along_y @ _carried(x, cells, sigma).T).numpy())
 
 def smooth_at(
     part,         # [k, R, R], of `shares`
@@ -167,16 +189,20 @@ def smooth_at(
 )->np.ndarray:    # [n, k]
     "Probability of each class under noise, at single points."
     x, y = np.asarray(points, float).T
-    return _with_the_last(((_carried(y, cells, sigma) @ torch.from_numpy(part[:-1])) * _carried(x, cells, sigma)).sum(-1).numpy()).T
+    along_y = _carried(y, cells, sigma) @ torch.from_numpy(part[:-1])
+    return _with_the_last((along_y * _carried(x, cells, sigma)).sum(-1).numpy()).T
 
+# %% ../../nbs/explore/01_toy.ipynb #2d41d734
 def smoothed_grid(
     model,           # images [b, 2, 1, 1] -> logits [b, k]
     sigma:float,     # noise level
     resolution=100,  # cells along a side of the unit square; none may be wider than sigma
 )->np.ndarray:       # [k, r, r]
     "Probability of each class of the smoothed classifier, in the middle of every cell of the square."
-    reach, at = 4*check_sigma(sigma), centres(resolution)
-    return smooth(shares(logits_grid(model, resolution, reach)), centres(resolution, reach), sigma, at, at)
+    reach = 4*check_sigma(sigma)
+    part = shares(logits_grid(model, resolution, reach))
+    at = centres(resolution)
+    return smooth(part, centres(resolution, reach), sigma, at, at)
 
 # %% ../../nbs/explore/01_toy.ipynb #390ea8e4
 def drawn_votes(
@@ -185,12 +211,15 @@ def drawn_votes(
     seed=0,       # of each point's luck
 )->np.ndarray:    # [b]
     "Binomial votes: the quantile of one fixed uniform number for each point."
-    p, luck = np.asarray(p, float), np.random.default_rng(seed).random(len(p))
+    p = np.asarray(p, float)
+    luck = np.random.default_rng(seed).random(len(p))
     inside = np.clip(p, 1e-15, 1 - 1e-15)                         # the quantile function knows no certainty
     k = np.ceil(np.nan_to_num(bdtrik(luck, n, inside))).clip(0, n)
-    k = np.where((k > 0) & (bdtr(np.maximum(k - 1, 0), n, inside) >= luck), k - 1, k)
+    one_less_is_enough = (k > 0) & (bdtr(np.maximum(k - 1, 0), n, inside) >= luck)
+    k = np.where(one_less_is_enough, k - 1, k)
     return np.where(p >= 1, n, np.where(p <= 0, 0, k)).astype(int)
 
+# %% ../../nbs/explore/01_toy.ipynb #15b26148
 def certified_balls(
     probabilities,   # [b, k] of the smoothed classifier
     sigma:float,     # noise level
@@ -199,7 +228,8 @@ def certified_balls(
     seed=0,          # of the votes
 )->pd.DataFrame:     # a row per point: predict (-1: abstains), p_a, votes, p_a_lower, radius
     "What `certify` would find at these points, with the likeliest class as the selected one."
-    p, n = np.asarray(probabilities, float), check_samples(n)
+    p = np.asarray(probabilities, float)
+    n = check_samples(n)
     top = p.argmax(1)
     balls = pd.DataFrame(dict(predict=top, p_a=p[np.arange(len(p)), top]))
     balls['votes'] = drawn_votes(balls.p_a, n, seed)
@@ -214,7 +244,8 @@ def boundary(
 )->np.ndarray:  # [s, 2], x and y; a row of nan where one line ends and the next begins
     "The lines around the regions where a class has the highest score."
     at = centres(len(scores[0]))
-    [lines], *_ = contour_generator(at, at, lead(scores)[label], line_type=LineType.ChunkCombinedNan).lines(0)
+    contours = contour_generator(at, at, lead(scores)[label], line_type=LineType.ChunkCombinedNan)
+    lines = contours.lines(0)[0][0]
     return np.empty((0, 2)) if lines is None else lines
 
 def region(
@@ -222,22 +253,26 @@ def region(
     at,           # [r], middles of the cells
 )->np.ndarray:    # [s, 2], x and y of the rims; a row of nan after each
     "Where a class is behind, to be filled."
-    [points], [offsets] = contour_generator(at, at, ahead, fill_type=FillType.ChunkCombinedOffset).filled(-np.inf, 0)
+    contours = contour_generator(at, at, ahead, fill_type=FillType.ChunkCombinedOffset)
+    [points], [offsets] = contours.filled(-np.inf, 0)
     rims = [] if points is None else np.split(points, offsets[1:-1])
-    return np.concatenate([np.empty((0, 2)), *(np.pad(rim, [(0, 1), (0, 0)], constant_values=np.nan) for rim in rims)])
+    gap = np.full((1, 2), np.nan)
+    return np.concatenate([np.empty((0, 2)), *(part for rim in rims for part in (rim, gap))])
 
+# %% ../../nbs/explore/01_toy.ipynb #7d8b8221
 def nearest_adversary(
     scores,     # [k, r, r] in the cells of the square: logits, or probabilities of the smoothed classifier
     point,      # x, y
     label:int,  # the answer to be changed
-)->tuple:       # distance, and (x, y) of the nearest point of the square with another answer; inf and None where there is none
-    "How far a point is from the decision boundary; 0 where another class leads in its cell."
+)->tuple:       # distance, and (x, y) of the nearest point with another answer; inf and None where there is none
+    "How far a point of the square is from the decision boundary; 0 where another class leads in its cell."
     point = np.asarray(point, float)
     column, row = np.clip(point * len(scores[0]), 0, len(scores[0]) - 1).astype(int)
     if lead(scores[:, row, column])[label] <= 0: return 0., tuple(point)
     lines = boundary(scores, label)
     if not len(lines): return np.inf, None
-    start, along = lines[:-1], np.diff(lines, axis=0)
+    start = lines[:-1]
+    along = np.diff(lines, axis=0)
     share = ((point - start) * along).sum(1) / np.maximum((along**2).sum(1), 1e-30)
     foot = start + np.clip(share, 0, 1)[:, None] * along
     distances = np.hypot(*(foot - point).T)

@@ -7,31 +7,28 @@ __all__ = ['Gaussian']
 
 # %% ../../nbs/methods/gaussian.ipynb #9d9be93c
 from ..common import check_samples, document
-from .core import Method, Passes
+from .core import Method
 from ..noise import noisy_cross_entropy, noisy_logits
 
 # %% ../../nbs/methods/gaussian.ipynb #1481b08d
 class Gaussian(Method):
-    "Cross-entropy on noisy copies (Cohen et al., 2019); with `attack=partial(smoothed_pgd, ...)` SmoothAdv (Salman et al., 2019)."
+    "Cross-entropy on noisy copies (Cohen et al., 2019); with an attack SmoothAdv (Salman et al., 2019)."
     def __init__(self,
         sigma:float,             # noise level, in [0,1]-pixel units
         accumulate_noise=False,  # copy i has the noise of all copies up to i, as in one published baseline
         trained=None,            # how many of the m copies train, the rest only guide the attack; None: all
-        **kwargs,                # of `Method`
+        **kwargs,                # of `Method`; SmoothAdv: attack=partial(smoothed_pgd, ...)
     ):
         super().__init__(sigma, **kwargs)
         self.accumulate_noise = bool(accumulate_noise)
         self.trained = self.num_noise if trained is None else check_samples(trained, 'trained')
-        if self.trained > self.num_noise: raise ValueError(f"only {self.num_noise} noises are drawn (num_noise), {self.trained} cannot be trained")
-
-    @property
-    def passes(self):
-        idle = self.num_noise - self.trained
-        return super().passes + Passes(forward=-idle, backward=-idle)
+        if self.trained > self.num_noise:
+            raise ValueError(f"only {self.num_noise} noises are drawn (num_noise), {self.trained} cannot be trained")
 
     def forward(self, model, x, y, index=None):
         noise = self.noise(model, x, y, index)[:self.trained]
-        return {'ce': noisy_cross_entropy(noisy_logits(model, x, noise.cumsum(0) if self.accumulate_noise else noise), y)}
+        if self.accumulate_noise: noise = noise.cumsum(0)
+        return {'ce': noisy_cross_entropy(noisy_logits(model, x, noise), y)}
 
 # %% ../../nbs/methods/gaussian.ipynb #19294ba8
 document(__name__)

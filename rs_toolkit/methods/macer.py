@@ -44,7 +44,8 @@ class MACER(Method):
         with torch.no_grad(): gap = ndtri(top[:, 0]) - ndtri(top[:, 1])
         pushed = (classes[:, 0] == y) & (top[:, 0] < 1) & (top[:, 1] > 0) & (gap <= self.gamma)
         first, second = top[pushed].clamp(self.p_clip, 1 - self.p_clip).unbind(1)
-        return terms | {'radius': self.lbd * self.sigma / 2 * (self.gamma - ndtri(first) + ndtri(second)).sum() / len(x)}
+        short = self.gamma - ndtri(first) + ndtri(second)              # of the hinge
+        return terms | {'radius': self.lbd * self.sigma / 2 * short.sum() / len(x)}
 
 # %% ../../nbs/methods/macer.ipynb #f4c99273
 document(__name__)

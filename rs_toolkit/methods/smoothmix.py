@@ -6,9 +6,10 @@
 __all__ = ['SmoothMix']
 
 # %% ../../nbs/methods/smoothmix.ipynb #cf7925e5
-from ..attacks import climb, clip_norm, gradient, smoothed_loss, unit
+from ..attacks import clip_norm, gradient, smoothed_loss, unit
 from ..common import check_number, check_samples, document
-from .core import Method, Passes
+from .core import Method
+from ..models import frozen
 from ..noise import noisy_cross_entropy, noisy_logits
 
 # %% ../../nbs/methods/smoothmix.ipynb #61a74cb0
@@ -23,16 +24,16 @@ class SmoothMix(Method):
         **kwargs,       # of `Method`; `ramp` scales the mixed term (and the one-step adversary)
     ):
         super().__init__(sigma, **kwargs)
-        if self.attack: raise ValueError("SmoothMix brings an attack of its own, whose `steps` and `step_size` are its arguments: leave `attack` out")
-        if mix_step not in (0, 1): raise ValueError(f"mix_step must be 0 (the image) or 1 (the one-step adversary), got {mix_step!r}")
+        if self.attack:
+            raise ValueError("SmoothMix brings an attack of its own, whose `steps` and `step_size` are its arguments: "
+                             "leave `attack` out")
+        if mix_step not in (0, 1):
+            raise ValueError(f"mix_step must be 0 (the image) or 1 (the one-step adversary), got {mix_step!r}")
         self.steps = check_samples(steps, 'steps')
         self.step_size = check_number(step_size, 'step_size')
         self.eta = check_number(eta, 'eta')
         self.mix_step = int(mix_step)
         if self.step_size == 0: raise ValueError("step_size must be a positive number, got 0")
-
-    @property
-    def passes(self): return super().passes + Passes(self.steps + 1, 1, self.steps) * self.num_noise
 
     def mixing(self, index, x):
         "[b]: the share of the adversary in each mixed image, from U(0, 1/2)."
@@ -40,12 +41,12 @@ class SmoothMix(Method):
 
     def path(self, model, x, y, noise):
         "The image to train on, and the far end of the attack, both [b, C, H, W]."
-        seen = []
-        def move(a, g):
-            seen.append((a + self.step_size * unit(g)).clamp(0, 1))
-            return seen[-1]
-        far = climb(model, x, gradient(lambda a: smoothed_loss(model, a, y, noise).sum()), move, self.steps)
-        return x + clip_norm(seen[0] - x, self.strength * self.step_size) if self.mix_step else x, far
+        slope = gradient(lambda image: smoothed_loss(model, image, y, noise).sum())
+        seen = [x]
+        with frozen(model):
+            for _ in range(self.steps): seen.append((seen[-1] + self.step_size * unit(slope(seen[-1]))).clamp(0, 1))
+        near = x + clip_norm(seen[1] - x, self.strength * self.step_size) if self.mix_step else x
+        return near, seen[-1]
 
     def forward(self, model, x, y, index=None):
         noise = self.noise(model, x, y, index)

@@ -14,7 +14,7 @@ from torch.special import ndtri
 
 from ..common import check_number, check_samples, document, plain_number, unknown
 from ..data import MAPPING
-from .core import Method, Passes, check_classes, check_epoch
+from .core import Method, check_classes, check_epoch
 from ..models import frozen
 from ..noise import gaussian_noise, noisy_logits
 from ..processes import share_gradients, total
@@ -30,6 +30,7 @@ class Mapping(nn.Module):
     def scores(self, logits): return logits
     def forward(self, logits): return self.scores(logits).softmax(-1)
 
+# %% ../../nbs/methods/sodm.ipynb #f4dc55f2
 class Temperature(Mapping):
     "softmax(exp(h(u - max u)) u): a factor from 1/16 to 16 for each logit vector."
     def __init__(self, num_classes, width=32):
@@ -70,9 +71,9 @@ class SODM(Method):
     ):
         super().__init__(sigma, **kwargs)
         if mapping not in MAPPINGS: raise unknown('mapping', mapping, MAPPINGS)
-        rho = plain_number(rho)
-        if not (isinstance(rho, float) and 0 < rho < 1): raise ValueError(f"rho is a vote share: it must lie in (0, 1) (0.99, say), got {rho!r}")
-        self.rho = rho
+        self.rho = plain_number(rho)
+        if not (isinstance(self.rho, float) and 0 < self.rho < 1):
+            raise ValueError(f"rho is a vote share: it must lie in (0, 1) (0.99, say), got {self.rho!r}")
         self.beta = check_number(beta, 'beta')
         self.boost_from = None if boost_from is None else check_epoch(boost_from, 'boost_from')
         self.boost = check_number(boost, 'boost')
@@ -81,41 +82,52 @@ class SODM(Method):
         self.num_classes = check_samples(num_classes, 'num_classes')
         self.mapping = MAPPINGS[mapping](num_classes)
         weights = list(self.mapping.parameters())
-        self.optimizer = torch.optim.Adam(weights, check_number(mapping_lr, 'mapping_lr')) if weights else None
+        mapping_lr = check_number(mapping_lr, 'mapping_lr')
+        self.optimizer = torch.optim.Adam(weights, mapping_lr) if weights else None
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
 
-    @property
-    def passes(self): return super().passes + Passes(forward=self.mapping_noise / self.interval if self.optimizer else 0)
-
     def get_extra_state(self): return self.optimizer.state_dict() if self.optimizer else {}
-    def set_extra_state(self, state): self.optimizer and self.optimizer.load_state_dict(state)
+    def set_extra_state(self, state):
+        if self.optimizer: self.optimizer.load_state_dict(state)
 
     def loss(self, logits, y):
         "The two terms for logits [n, b, k]."
         check_classes(logits, 'mapping', self.num_classes)
         with torch.autocast(logits.device.type, enabled=False):
-            log_g = self.mapping.scores(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))       # [b, k]; no vote is too small for its logarithm
-        log_gy, right = log_g.gather(1, y[:, None])[:, 0], log_g.argmax(1) == y
+            # [b, k]; no vote is too small for its logarithm
+            log_g = self.mapping.scores(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
+        log_gy = log_g.gather(1, y[:, None])[:, 0]
         g_y = log_gy.exp()
-        wrong, weak = ~right, right & (g_y < self.rho)
+        right = log_g.argmax(1) == y
+        weak = right & (g_y < self.rho)
         beta = self.beta * (self.boost if self.epoch >= self.at('boost_from') else 1)
-        terms = {'accuracy': -log_gy[wrong].sum() / len(y), 'radius': -beta * ndtri(g_y[weak]).sum() / len(y)}
-        return terms if wrong.any() or weak.any() else {k: v.detach() for k, v in terms.items()}
+        terms = {'accuracy': -log_gy[~right].sum() / len(y), 'radius': -beta * ndtri(g_y[weak]).sum() / len(y)}
+        if right.all() and not weak.any(): return {name: term.detach() for name, term in terms.items()}
+        return terms
 
     def forward(self, model, x, y, index=None):
         return self.loss(noisy_logits(model, x, self.noise(model, x, y, index)), y)
+
+    @torch.no_grad()
+    def many_logits(self, model, x, keys):
+        "Logits [n', b, k] of many noises, one image after the other: they need not fit together into memory."
+        found = []
+        with frozen(model):
+            for i in range(len(x)):
+                image = x[i:i+1]
+                noise = gaussian_noise(image, self.sigma, self.mapping_noise, keys and keys[i:i+1])
+                found.append(noisy_logits(model, image, noise))
+        return torch.cat(found, 1)
 
     def after_step(self, model, x, y, index=None):
         "Every few steps: the mapping learns from many noises, with the network frozen."
         if not self.optimizer: return
         self.steps += 1
         if self.steps % self.interval: return
-        keys, size = self.keys(index, MAPPING), total(torch.tensor(float(len(x)), device=x.device))
+        size = total(torch.tensor(float(len(x)), device=x.device))
         self.optimizer.zero_grad()
         if len(x):
-            with torch.no_grad(), frozen(model):
-                logits = torch.cat([noisy_logits(model, x[i:i+1], gaussian_noise(x[i:i+1], self.sigma, self.mapping_noise, keys and keys[i:i+1]))
-                                    for i in range(len(x))], 1)
+            logits = self.many_logits(model, x, self.keys(index, MAPPING))
             loss = sum(self.loss(logits, y).values()) * len(x) / size              # this process's share of the mean
             if loss.requires_grad: loss.backward()
         if share_gradients(self.mapping.parameters()): self.optimizer.step()

@@ -9,7 +9,7 @@ __all__ = ['Stability']
 import torch.nn.functional as F
 
 from ..common import check_number, document
-from .core import Method, Passes
+from .core import Method
 from ..noise import noisy_cross_entropy, noisy_logits
 
 # %% ../../nbs/methods/stability.ipynb #d01307e9
@@ -23,11 +23,9 @@ class Stability(Method):
         super().__init__(sigma, **kwargs)
         self.lbd = check_number(lbd, 'lbd')
 
-    @property
-    def passes(self): return super().passes + Passes(forward=1, backward=1)
-
     def forward(self, model, x, y, index=None):
-        clean, noisy = model(x).float(), noisy_logits(model, x, self.noise(model, x, y, index))
+        clean = model(x).float()
+        noisy = noisy_logits(model, x, self.noise(model, x, y, index))
         return {'ce': F.cross_entropy(clean, y), 'stable': self.lbd * noisy_cross_entropy(noisy, clean.softmax(-1))}
 
 # %% ../../nbs/methods/stability.ipynb #31ffe3f1
