@@ -16,7 +16,7 @@ from torch import nn
 
 from rs_toolkit import checkpoint
 from rs_toolkit.data import STATISTICS
-from rs_toolkit.models import Normalized, build, weights_hash
+from rs_toolkit.models import build, weights_hash
 
 MEAN, STD = STATISTICS['cifar10']
 CNN = dict(arch='small_cnn', num_classes=10, in_channels=3, image_size=8)

@@ -8,7 +8,7 @@ from torch import nn
 
 from rs_toolkit.deterministic import boxes, crown
 from rs_toolkit.deterministic.boxes import BATCH_NORMS, Box, ball
-from rs_toolkit.models import CifarResNet, Normalized, build, frozen
+from rs_toolkit.models import CifarResNet, Normalized, build
 
 INTERMEDIATE = ['ibp', 'crown']
 

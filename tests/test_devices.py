@@ -2,7 +2,6 @@
 
 It ends with the processor's numbers, and what is missing is refused in words.
 """
-from functools import partial
 from unittest import mock
 
 import numpy as np

@@ -47,7 +47,7 @@ def project(tmp_path):
     "A copy of the project's folder, with README's own files and some pictures in it."
     ignored = shutil.ignore_patterns('.git', 'runs', 'cache', '*.egg-info', '.venv', '__pycache__')
     folder = shutil.copytree(ROOT, tmp_path/'project', ignore=ignored)
-    for kind, block in BLOCKS:
+    for _kind, block in BLOCKS:
         name = re.match(r'# (\w+\.py)\n', block)
         if name: (folder/name[1]).write_text(block, encoding='utf-8')
     pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
