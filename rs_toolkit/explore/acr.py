@@ -304,7 +304,9 @@ class ACRExplorer(Explorer):
 
     def figure(self): return acr_figure(self.pair)
 
-    def picture(self): return acr_traces(self.pair), in_words(self.pair), acr_layout(self.pair)
+    def picture(self):
+        p = self.pair
+        return acr_traces(p), in_words(p), acr_layout(p)
 
 # %% ../../nbs/explore/acr.ipynb #56bc1ea5
 document(__name__)

@@ -9,6 +9,7 @@ __all__ = ['FLOOR', 'KNOWN', 'BUDGETS', 'LOOKS', 'TITLES', 'TAILS', 'SHARES', 'n
 
 # %% ../../nbs/explore/radius.ipynb #c91f5a71
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import ipywidgets as W
@@ -67,11 +68,11 @@ class Setting:
     def radius(self): return certified_radius(self.bound, self.sigma)
     @property
     def ceiling(self): return max_radius(self.sigma, self.n, self.alpha)
-    @property
+    @cached_property
     def fewest(self): return fewest_votes(self.n, self.alpha)
     @property
     def constant(self): return constant_acr(self.n, self.sigma, self.num_classes, self.alpha)
-    @property
+    @cached_property
     def budget(self): return trivial_budget(self.acr, self.sigma, self.num_classes, self.alpha)
 
 # %% ../../nbs/explore/radius.ipynb #99df437e
