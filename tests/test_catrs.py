@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binom
 from slow import (B, BATCH, COMMON, K, M, SIGMA, at_the_ends, average, bad, check_finite, check_gradients,
                   check_learns, check_mean, check_refused, check_seeded, check_terms, counts, every, kl,
-                  log_softmax, onehot, shrink, softmax, torch_net, unit, weights, with_noise)
+                  log_softmax, shrink, softmax, torch_net, unit, weights, with_noise)
 
 from rs_toolkit import checkpoint
 from rs_toolkit.attacks import smoothed_pgd
