@@ -50,14 +50,18 @@ def method_class(
     return named('method', place, dict.fromkeys(method_names()))
 
 # %% ../nbs/00_catalogue.ipynb #f5ac3a50
+def _words(name): return re.findall('[a-z0-9]+', name.lower())
+
 def method_of(
     name:str,  # of a run, a log, a folder or a row of a table
 )->Entry:      # the method that it mentions first; None if it mentions none
     "The entry that a name means."
-    entries = {word: entry for entry in METHODS.values() for word in (entry.key, *entry.also)}
-    words = re.findall('[a-z0-9]+', name.lower())
+    entries = {}
+    for entry in METHODS.values():
+        for said in (entry.key, entry.label, *entry.also): entries[''.join(_words(said))] = entry
+    words = _words(name)
     for start in range(len(words)):
-        for end in (start + 1, start + 2):                     # catrs, cat-rs
+        for end in range(start + 1, start + 4):                # catrs, cat-rs, my own method
             entry = entries.get(''.join(words[start:end]))
             if entry: return entry
     return None
