@@ -131,7 +131,8 @@ def gradient_free(
 ):                          # [m, b, C, H, W]
     "`smoothed_pgd` along Stein's estimate of the gradient (Salman et al., 2019)."
     if len(noise) < 2:
-        raise ValueError("the gradient-free attack compares the noises of an image: num_noise must be at least 2, got 1")
+        raise ValueError("the gradient-free attack compares the noises of an image: "
+                         "num_noise must be at least 2, got 1")
     @torch.no_grad()
     def direction(d):
         p = noisy_logits(model, x + d, noise).softmax(-1)[:, torch.arange(len(x), device=x.device), y]     # [m, b]
@@ -220,7 +221,7 @@ def attack_smoothed(
     idx=None,             # data-set index of each image; default: position
     batch_size=None,      # images attacked together; default: 256 noisy copies
     progress=True,        # text bar with ETA
-)->pd.DataFrame:          # a row per image: idx, label, predict (PREDICT), base_predict (no noise), correct, norm (of the move)
+)->pd.DataFrame:          # a row per image: idx, label, predict, base_predict (without noise), correct, norm of the move
     "Craft adversarial images for the smoothed classifier, then let it predict them (Salman et al., 2019)."
     images, labels = check_images(images, labels)
     idx = list(range(len(images))) if idx is None else [int(i) for i in idx]
@@ -239,7 +240,8 @@ def attack_smoothed(
         voted = predict(model, moved.cpu(), sigma, n=n, alpha=alpha, seed=seed, idx=ids.tolist(), precision=precision)
         found = zip(ids.tolist(), y.tolist(), voted, base.tolist(), image_norm(d).flatten().tolist())
         for i, label, vote, guess, size in found:
-            rows.append(dict(idx=i, label=label, predict=vote, base_predict=guess, correct=int(vote == label), norm=size))
+            rows.append(dict(idx=i, label=label, predict=vote, base_predict=guess, correct=int(vote == label),
+                             norm=size))
     return pd.DataFrame(rows)
 
 # %% ../nbs/08_attacks.ipynb #b44257b1

@@ -58,10 +58,10 @@ def method_of(
     "The entry that a name means."
     entries = {}
     for entry in METHODS.values():
-        for said in (entry.key, entry.label, *entry.also): entries[''.join(_words(said))] = entry
+        for called in (entry.key, entry.label, *entry.also): entries[''.join(_words(called))] = entry
     words = _words(name)
     for start in range(len(words)):
-        for end in range(start + 1, start + 4):                # catrs, cat-rs, my own method
+        for end in range(len(words), start, -1):               # Gaussian m=4, before Gaussian
             entry = entries.get(''.join(words[start:end]))
             if entry: return entry
     return None

@@ -220,11 +220,11 @@ def copy_run(source, folder, **parameters):
     (folder/'config.json').write_text(json.dumps(dict(parameters=parameters)))
 
 def test_one_entry_brings_a_method_into_the_page(tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, 'mine', Entry('mine', 'Mine', '#123456'))
+    monkeypatch.setitem(METHODS, 'mine', Entry('mine', 'My method', '#123456'))
     copy_run(DATA/'digits-methods/equal_epochs/macer', tmp_path/'mine', method='mine', dataset='digits', seed=0)
     e = MethodsExplorer()
     move(e, runs=str(tmp_path/'*'), source=MINE)
-    assert set(curves(e)) == {'Mine'}
+    assert set(curves(e)) == {'My method'}
     assert shown(e)['line 0'].line.color == '#123456'
 
 def test_runs_of_certify_seeds_and_logs(tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ def _counts_so_far(
         raise ValueError(f"{path} holds predictions of another setting ({state['setup']}; now {setup}): "
                          "choose another folder, or delete it")
     if not same_answers(state.get('answers', ''), said):
-        raise ValueError(f"{path} holds predictions of another network, which has the same weights and answers otherwise "
+        raise ValueError(f"{path} holds predictions of another network, which has the same weights "
+                         "and answers otherwise "
                          "(another normalisation, say): choose another folder, or delete it")
     return list(state['counts'])
 

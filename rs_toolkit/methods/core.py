@@ -177,7 +177,8 @@ def check_classes(
 ):
     "Raise unless both have the same number of classes."
     if logits.shape[-1] != num_classes:
-        raise ValueError(f"the {what} and the network must have the same classes, got {num_classes} and {logits.shape[-1]}")
+        raise ValueError(f"the {what} and the network must have the same classes, "
+                         f"got {num_classes} and {logits.shape[-1]}")
 
 # %% ../../nbs/methods/00_core.ipynb #b7b2c27b
 document(__name__)
