@@ -221,7 +221,7 @@ def attack_smoothed(
     idx=None,             # data-set index of each image; default: position
     batch_size=None,      # images attacked together; default: 256 noisy copies
     progress=True,        # text bar with ETA
-)->pd.DataFrame:          # a row per image: idx, label, predict, base_predict (without noise), correct, norm of the move
+)->pd.DataFrame:          # a row per image: idx, label, predict, base_predict (no noise), correct, norm of the move
     "Craft adversarial images for the smoothed classifier, then let it predict them (Salman et al., 2019)."
     images, labels = check_images(images, labels)
     idx = list(range(len(images))) if idx is None else [int(i) for i in idx]
