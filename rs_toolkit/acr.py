@@ -37,6 +37,7 @@ def acr_without_hardest(
     earned = np.r_[0, np.cumsum(credits(o))]
     return ((earned[-1] - earned[_images(o, share)]) / (len(earned) - 1))[()]
 
+# %% ../nbs/16_acr.ipynb #b2e206e9
 def accuracy_without_hardest(
     o:Outcome,    # of one classifier
     share:float,  # of the images that is given up, from 0 to 1

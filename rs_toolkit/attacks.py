@@ -33,6 +33,7 @@ def unit(
     "Each image divided by its norm; an image of zeros stays."
     return v / (image_norm(v) + 1e-8)
 
+# %% ../nbs/08_attacks.ipynb #a09d6d15
 def clip_norm(
     v,     # [..., C, H, W]
     eps,   # number, or one for each image as [..., 1, 1, 1]
@@ -51,6 +52,7 @@ def gradient(
             return torch.autograd.grad(loss(v), v)[0]
     return of
 
+# %% ../nbs/08_attacks.ipynb #61678661
 def climb(
     model,      # frozen meanwhile
     start,      # tensor
@@ -110,6 +112,7 @@ def pgd_perturbation(
         return clip_norm(d, eps)
     return climb(model, torch.zeros_like(x), direction, move, steps)
 
+# %% ../nbs/08_attacks.ipynb #bccf5608
 def smoothed_pgd(
     model, x, y,     # network, images [b, C, H, W] in [0, 1], labels [b]
     noise, *,        # [m, b, C, H, W]

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+# %% ../nbs/05_certify.ipynb #0672e56f
 import numpy as np
 import torch
 from torch import nn
@@ -89,6 +90,7 @@ def _weights_type(model, precision):
                          "certify model.float(), or name the precision of its weights")
     return types.pop()
 
+# %% ../nbs/05_certify.ipynb #96088515
 def _as_named(model, x, precision):
     "images -> float32 logits in a precision; float32 means float32: no TF32 on a GPU."
     dtype = _weights_type(model, precision)
@@ -104,6 +106,7 @@ def _as_named(model, x, precision):
 # %% ../nbs/05_certify.ipynb #ade4e81e
 ROUNDING = {'float32': .001, 'float16': .005, 'bfloat16': .03}      # of the largest logit
 
+# %% ../nbs/05_certify.ipynb #1102f095
 def _prepare(model, images, settings, total):
     "The function that will be run on `total` noisy copies of `images`, at most `batch_size` of them at a time."
     batch_size = settings.rows_on(images.device)
@@ -123,6 +126,7 @@ def _prepare(model, images, settings, total):
                       "Call .eval() on the network first, or the certificates are about random answers", stacklevel=3)
     return run
 
+# %% ../nbs/05_certify.ipynb #114b3acd
 def _noisy(x, sigma, copies=1):
     "Noisy copies of each image, always the same: to look at a model with."
     return (x + gaussian_noise(x, sigma, copies, [(i,) for i in range(len(x))])).flatten(0, 1)
@@ -223,6 +227,7 @@ def _device(model, images):
     "Where to run: with the model's tensors, or, if it hides them, with the images."
     return device_of(model) if model_tensors(model) else images.device
 
+# %% ../nbs/05_certify.ipynb #8fb8d039
 def _not_finite(idx, precision):
     return ValueError(f"the model returned NaN or infinite logits near image {int(idx)}: look at its weights, "
                       f"or use another precision than {precision}")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
+# %% ../nbs/11_checkpoint.ipynb #9931a528
 from .common import document, named, unknown, write_file
 from .data import STATISTICS, statistics
 from .models import build, check_model, device_of, frozen, model_names, probe
@@ -29,6 +30,7 @@ from .models import build, check_model, device_of, frozen, model_names, probe
 MEANS = ('mean', 'means', 'mu')                  # what normalisation layers call their constants
 STDS = ('std', 'stds', 'sd', 'sds', 'sigma')
 
+# %% ../nbs/11_checkpoint.ipynb #7577a81a
 def _match(state, net, source):
     "The tensors under the network's own names; mean and std, where a normalisation layer has left them; and the rest."
     own = net.state_dict()
@@ -74,6 +76,7 @@ def _fill(model, tensors, rest, source, arch):
 # %% ../nbs/11_checkpoint.ipynb #099c5f01
 RECIPE = ('arch', 'num_classes', 'in_channels', 'image_size', 'mean', 'std')     # what `build` must know, and arch_args
 
+# %% ../nbs/11_checkpoint.ipynb #0789df56
 def save(
     folder,      # model.safetensors is written there
     model,       # network that takes raw images, such as a `Normalized` one; compiled or parallel ones as well
@@ -135,6 +138,7 @@ def _value(text):
     try: return json.loads(text)
     except json.JSONDecodeError: return text
 
+# %% ../nbs/11_checkpoint.ipynb #3a199397
 def _safetensors(path):
     "State dict and metadata of a safetensors file."
     try:
@@ -186,6 +190,7 @@ def _something_else(path, first):
 NUMBERS = [*((np._core.multiarray.scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')), np.dtype,
            *{type(np.dtype(c)) for c in '?bBhHiIlLqQefdg'}]          # they make numbers of NumPy, and nothing else
 
+# %% ../nbs/11_checkpoint.ipynb #619d14d2
 def _torch(path):
     "State dict and metadata of a `.pth.tar` of the field."
     try:
@@ -270,6 +275,7 @@ def _choose_arch(path, said, asked):
 GREYSCALE = {'mnist': 28, 'fashion_mnist': 28, 'digits': 8}                      # not normalised; pixels along one side
 SIZES = GREYSCALE | {'imagenet': 224}                                            # 32 elsewhere
 
+# %% ../nbs/11_checkpoint.ipynb #bbd0d4bc
 def _foreign_recipe(path, state, metadata, dataset, normalization, image_size):
     "What `build` must know: read off the tensors where they show it, and asked for where they do not."
     size = image_size or SIZES.get(dataset, 32)
@@ -311,6 +317,7 @@ def _claimed(path, dataset, normalization):
     mean, std = statistics(dataset, normalization)
     return dict(mean=mean, std=std)
 
+# %% ../nbs/11_checkpoint.ipynb #7e2acffb
 def _check_claim(path, recipe, dataset, normalization):
     "Raise where the call names other constants than the file holds."
     dataset = dataset or recipe.get('dataset')

@@ -81,6 +81,7 @@ def place_of(
     if name == 'certify' and 'sigma' in values: default += f"-{_decimal(full['sigma'])}"
     return run_folder(full['out'], default)
 
+# %% ../nbs/17_command.ipynb #9e82a351
 def _decimal(number):
     "1 is 1.0, as in the notebooks; what is no number is theirs to refuse."
     try: return float(number)
@@ -144,6 +145,7 @@ class RunsNotebook(click.Command):
         with formatter.section('Parameters'):
             formatter.write_dl([(f"{record['name']} {record['default']}", record['help']) for record in records])
 
+# %% ../nbs/17_command.ipynb #d996bf2b
 def verb(
     name:str,   # train, certify or compare
     words:str,  # what it does

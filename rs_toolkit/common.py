@@ -25,6 +25,7 @@ from importlib import import_module
 from numbers import Real
 from pathlib import Path
 
+# %% ../nbs/00_common.ipynb #b57633c1
 from filelock import FileLock, Timeout
 
 # %% ../nbs/00_common.ipynb #06eb34c6
@@ -78,6 +79,7 @@ def check_sigma(
         raise ValueError(f"sigma must be a positive number in [0,1]-pixel units (0.25, say), got {sigma!r}")
     return float(sigma)
 
+# %% ../nbs/00_common.ipynb #82220679
 def check_alpha(
     alpha:float,  # failure probability
 )->float:         # the same number; raises `ValueError` unless 0 < alpha < 1
@@ -99,6 +101,7 @@ def check_samples(
         raise ValueError(f"{name} must be a whole number of at least 1, got {n!r}")
     return int(n)
 
+# %% ../nbs/00_common.ipynb #26202023
 def check_number(
     value,         # what came
     name:str,      # what to call it in the message
@@ -128,6 +131,7 @@ def run_folder(
     "Where a run writes."
     return Path(out).expanduser() if out else project_folder()/'runs'/re.sub(r'[^\w.-]+', '-', default)
 
+# %% ../nbs/00_common.ipynb #0b948433
 def package_folder(
 )->Path:  # holds data/, recipes/ and nbs/
     "What the package came with, wherever it lies and whatever the current folder is."
@@ -140,6 +144,7 @@ def data_folder(
     "The logs, tables and small checkpoints that come with the package."
     return package_folder()/'data'
 
+# %% ../nbs/00_common.ipynb #40e71d30
 def locate(
     path,   # of a file or folder; `~` is the home folder
 )->Path:    # the first that exists: from here, from the project folder, from the package; else as it came
@@ -158,6 +163,7 @@ def saving(path):
                                "choose a folder that can be written, and give the same command again: "
                                "it goes on from there") from e
 
+# %% ../nbs/00_common.ipynb #de478952
 def write_file(
     path,           # file; its folder is made if need be
     content:bytes,
@@ -230,6 +236,7 @@ def _comments(fields, lines):
         if found: words[', '.join(name for name, _ in shared)] = found[1]
     return words
 
+# %% ../nbs/00_common.ipynb #885f4a4b
 def _parameters(function, lines):
     "What the comments of a `def` say of its parameters."
     args = function.args
@@ -241,6 +248,7 @@ def _parameters(function, lines):
     fields += [(stars + arg.arg, arg) for stars, arg in [('*', args.vararg), ('**', args.kwarg)] if arg]
     return _comments(fields, lines)
 
+# %% ../nbs/00_common.ipynb #908dc4a3
 def _result(function, lines):
     "What the comment behind the closing bracket of a `def` says of its result."
     head = lines[function.lineno - 1:function.body[0].lineno - 1]
@@ -260,6 +268,7 @@ def _handed_on(cls):
     known = getattr(above, '__arguments__', {})
     return {names: what for names, what in known.items() if not own.keys() & names.split(', ')}
 
+# %% ../nbs/00_common.ipynb #3a8b97c2
 def _of_class(cls, node, lines):
     "What is known of the arguments of a class."
     init = next((part for part in node.body if getattr(part, 'name', '') == '__init__'), None)

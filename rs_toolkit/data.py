@@ -24,6 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+# %% ../nbs/02_data.ipynb #b670a3e0
 from .common import document, locate, plain_number, project_folder, unknown
 from .noise import key_seed
 
@@ -31,6 +32,7 @@ from .noise import key_seed
 TORCHVISION = {'mnist': torchvision.datasets.MNIST, 'fashion_mnist': torchvision.datasets.FashionMNIST,
                'cifar10': torchvision.datasets.CIFAR10, 'cifar100': torchvision.datasets.CIFAR100}
 
+# %% ../nbs/02_data.ipynb #a4da82e9
 def load(
     name:str,   # digits, mnist, fashion_mnist, cifar10, cifar100, folder:PATH or imagenet
     split:str,  # train or test
@@ -74,6 +76,7 @@ def _check_mode(image):
         raise ValueError(f"Pillow's mode {image.mode} cannot be brought to [0, 1] without a guess: "
                          "save it as PNG with 8 or 16 bits of grey, or as RGB")
 
+# %% ../nbs/02_data.ipynb #d858fa6e
 def _check_opaque(image):
     "Refuse what shows something behind it."
     if not image.has_transparency_data: return
@@ -113,6 +116,7 @@ def _classes(split):
     "Names of the folders that are not hidden."
     return sorted(p.name for p in Path(split).iterdir() if p.is_dir() and not p.name.startswith('.'))
 
+# %% ../nbs/02_data.ipynb #8b51c7ba
 def _files(split, train):
     "The files of a split. A label is a place in the list of classes: both splits must have the same list."
     differ = set(_classes(split)) ^ set(_classes(train)) if train.is_dir() else None
@@ -135,6 +139,7 @@ def _folder(path, split):
         images = images.repeat(1, 3, 1, 1)
     return images, torch.tensor(files.targets)
 
+# %% ../nbs/02_data.ipynb #8fe5f541
 def _read_all(files, words):
     "Images of one size [N, 1 or 3, H, W]."
     images = None
@@ -157,6 +162,7 @@ STATISTICS = {  # mean and standard deviation per channel, as the field's checkp
     'imagenet': ([.485, .456, .406], [.229, .224, .225])}
 NORMALIZATIONS = ('standard', 'center', 'none')
 
+# %% ../nbs/02_data.ipynb #5d17c80c
 def statistics(
     name:str,                  # data set
     normalization='standard',  # standard, center (mean only) or none
@@ -217,6 +223,7 @@ def resized_crop(
     image = TF.resized_crop(image, top, left, h, w, [224, 224])
     return TF.hflip(image) if rng.rand() < .5 else image
 
+# %% ../nbs/02_data.ipynb #4bc07428
 AUGMENTATIONS = {'none': None, 'crop_flip': crop_flip, 'resized_crop': resized_crop}
 
 # %% ../nbs/02_data.ipynb #6326c0b5
@@ -257,6 +264,7 @@ class Stream:
         with ThreadPoolExecutor() as pool: list(pool.map(decode, jobs))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
+# %% ../nbs/02_data.ipynb #f4d93c4d
 def _central(image): return TF.center_crop(TF.resize(image, 256), 224)
 
 # %% ../nbs/02_data.ipynb #d713e572
@@ -346,6 +354,7 @@ def _ahead(f, items):
             if ready: yield ready.result()
         if coming: yield coming.result()
 
+# %% ../nbs/02_data.ipynb #205398da
 def _check_weights(weights, size):
     "Odds of drawing each image, in double precision."
     odds = torch.as_tensor(weights).detach().cpu().double()
@@ -382,6 +391,7 @@ def check_images(
     if len(images) == 0: raise ValueError("got an empty batch of images")
     return images, labels
 
+# %% ../nbs/02_data.ipynb #f7d3e7b8
 def _as_images(images):
     "A tensor or a `Stream`: no value changes."
     if isinstance(images, DataLoader): return Items(_whole(images))
@@ -391,6 +401,7 @@ def _as_images(images):
     if isinstance(images, torch.Tensor) and images.dtype in (torch.float16, torch.bfloat16): images = images.float()
     return images
 
+# %% ../nbs/02_data.ipynb #cc43e1d3
 def _whole(loader):
     "The data set behind a loader that goes through all of it."
     plain = loader.collate_fn is default_collate and isinstance(loader.sampler, (SequentialSampler, RandomSampler))
@@ -420,6 +431,7 @@ def check_labels(
                          "does the model have another number of classes than the data?")
     return given
 
+# %% ../nbs/02_data.ipynb #8eef7df2
 def _what(thing):
     "What came, in a few words."
     kind = type(thing).__name__
@@ -444,6 +456,7 @@ def _check_pixels(images, where=''):
                 "so that sigma and radii stay in pixel units")
     raise ValueError(f"images must lie in [0, 1]{where}, got [{low:.{digits}g}, {high:.{digits}g}]: {cure}")
 
+# %% ../nbs/02_data.ipynb #95600b8b
 def _cure(images, where):
     "What to do about images of another type."
     kind = str(getattr(images, 'dtype', ''))

@@ -29,6 +29,7 @@ def log_of(
     raise FileNotFoundError(f"there is no {missing}, neither in {Path.cwd()} nor in the project folder: "
                             "name the folder of a run, or its certify.tsv")
 
+# %% ../nbs/14_distribution.ipynb #4d85746c
 def open_log(
     path,         # a run folder or a log, wherever `locate` finds it
     **facts,      # sigma, n0, n, alpha, split: what a foreign log does not say
@@ -74,6 +75,7 @@ class Outcome:
         "Share of the images in each bin, where every image counts once."
         return np.histogram(self.p_a, edges)[0] / len(self.p_a)
 
+# %% ../nbs/14_distribution.ipynb #1c3588fe
 def _at_least(values, grid):
     return (len(values) - np.searchsorted(np.sort(values), grid)) / len(values)
 
@@ -110,6 +112,7 @@ def outcome(
     if n > drawn: return project(log, n, alpha, votes)
     return _outcome(log, votes[:, 0], n, alpha, votes[:, 1] / n, projected=False)
 
+# %% ../nbs/14_distribution.ipynb #f7936aed
 def _outcome(log, votes, n, alpha, p_a, projected):
     bound = lower_bound(votes, n, setting(log, 'alpha') if alpha is None else alpha)
     right = (bound >= .5) & (log.selected == log.label).to_numpy(bool)

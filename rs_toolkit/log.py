@@ -135,6 +135,7 @@ def _typed(
     except ValueError as e:
         raise ValueError(f"column {name} of {path} should hold {kind.__name__} values: {e}") from None
 
+# %% ../nbs/04_log.ipynb #e0629adb
 def _durations(text):
     "15.4, 0:00:15.4 or 1 day, 0:00:15.4 as time spans."
     text = text.where(text != '').str.replace(r'^[\d.]+$', r'\g<0>s', regex=True)
@@ -219,6 +220,7 @@ def _earlier_rows(path, setup):
                          "choose another path for the log, or delete it to begin again")
     return rows
 
+# %% ../nbs/04_log.ipynb #251db58d
 def _differences(name, rows, setup):
     "What earlier rows say of a column, where it is something else now."
     now = _text(name, setup[name])

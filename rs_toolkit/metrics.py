@@ -45,6 +45,7 @@ def average_certified_radius(
     "ACR: mean over all images of the radius where the prediction is correct, else 0."
     return np.maximum(credited_radii(log), 0).mean()
 
+# %% ../nbs/06_metrics.ipynb #776a01bc
 def abstention_rate(
     log:pd.DataFrame,  # a certification log
 )->float:
@@ -73,6 +74,7 @@ def setting(
         raise ValueError(f"this log does not say its {name}: give it when reading, read_log(path, {name}=...)")
     return values[0]
 
+# %% ../nbs/06_metrics.ipynb #97a146ad
 def certified_accuracy_lower(
     log:pd.DataFrame,  # a certification log
     radii,             # l2 radii, a number or an array
@@ -94,6 +96,7 @@ def p_a(
     credited = credited_radii(log)
     return np.where(credited >= 0, votes_of(ndtr(np.maximum(credited, 0) / sigma), n, alpha) / n, np.nan)
 
+# %% ../nbs/06_metrics.ipynb #c4fc8732
 def p_a_survival(
     log:pd.DataFrame,  # a certification log
     grid,              # shares x
@@ -171,6 +174,7 @@ def check_comparable(
         _check_settings(first, logs[first], name, logs[name])
         _check_images(first, logs[first], name, logs[name])
 
+# %% ../nbs/06_metrics.ipynb #71543d05
 def _check_told(name, log):
     unknown = [column for column in COMMON if log[column].isna().any()]
     if not unknown: return
@@ -210,6 +214,7 @@ def summary(
     check_comparable(logs)
     return pd.DataFrame({name: _summary(log, radii) for name, log in logs.items()}).T
 
+# %% ../nbs/06_metrics.ipynb #ef48b2c6
 def results(
     log:pd.DataFrame,  # a certification log
     radii,             # l2 radii
@@ -220,6 +225,7 @@ def results(
                 **{f'certified_accuracy_{r:.2f}': float(a) for r, a in accuracy},
                 certify_seconds=log.time.dt.total_seconds().sum())
 
+# %% ../nbs/06_metrics.ipynb #feece5bb
 def per_class(
     log:pd.DataFrame,  # a certification log
     radii,             # l2 radii

@@ -38,6 +38,7 @@ class Normalize(nn.Module):
 
     def forward(self, x): return (x - self.mean) / self.std
 
+# %% ../nbs/03_models.ipynb #b9111c04
 class Normalized(nn.Sequential):
     "A network behind its normalisation: raw [0, 1] images [b, C, H, W] in, logits [b, k] out."
     def __init__(self, net, mean=None, std=None): super().__init__(Normalize(mean, std), net)
@@ -141,6 +142,7 @@ def cnn7(num_classes:int, in_channels=3, image_size=32, width=64):
 # %% ../nbs/03_models.ipynb #c91fabe5
 FAMILIES = ('resnet', 'wide_resnet', 'resnext', 'regnet')
 
+# %% ../nbs/03_models.ipynb #4fc1564d
 def torchvision_net(name:str, num_classes:int, in_channels=3, image_size=224):
     "A network of torchvision's classification zoo, with a small-image stem below 64 pixels."
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
@@ -244,6 +246,7 @@ def for_any_number(
     except Exception: return in_full_batches
     return model
 
+# %% ../nbs/03_models.ipynb #cab9b2dd
 def _filled_up(model, x, size):
     copies = x[:1].expand(size - len(x), *x.shape[1:])
     return as_logits(model(torch.cat([x, copies])), size)[:len(x)]
@@ -252,6 +255,7 @@ def _filled_up(model, x, size):
 _lock = threading.RLock()
 _held = {}          # id of a module or weight -> how many hold it, and its flag before the first
 
+# %% ../nbs/03_models.ipynb #dbd5d41a
 @contextmanager
 def frozen(model):
     "Within the block: eval mode, and no gradients for the weights. Gradients with respect to the input still flow."
@@ -287,6 +291,7 @@ def _precision_switches():
 _exact_blocks = []     # what the switches were before, once for each open block
 _exact_lock = threading.Lock()
 
+# %% ../nbs/03_models.ipynb #f583ac2a
 @contextmanager
 def exact_float32():
     "Within the block: float32 means float32. No TF32 on a GPU, no bfloat16 in the products of a processor."
@@ -325,6 +330,7 @@ def answers(
     first = _ask(model, images, batch_size)
     return first if same_answers(first, _ask(model, images, batch_size)) else ''
 
+# %% ../nbs/03_models.ipynb #7b5401b2
 def _ask(model, images, batch_size):
     "The size of all logits, and three random sums of them."
     half = next((t.dtype for t in model_tensors(model) if t.dtype in (torch.float16, torch.bfloat16)), None)

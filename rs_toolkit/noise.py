@@ -30,6 +30,7 @@ def key_seed(
         h = ((h ^ h >> shift) * factor) & 0xffffffff
     return h
 
+# %% ../nbs/01_noise.ipynb #4352ab00
 def fill_normal(
     out,            # contiguous float32 tensor, filled in place
     *key:int,       # as in `key_seed`
@@ -58,6 +59,7 @@ def gaussian_noise(
 # %% ../nbs/01_noise.ipynb #c1bdfe4e
 class NoLogits(ValueError): "A model answered with something else."
 
+# %% ../nbs/01_noise.ipynb #e8d0dc3f
 def as_logits(
     answer,       # of a model: logits [b, k]; or an object, dict or tuple in which exactly one thing can be that
     size:int,     # b, the number of images
@@ -96,6 +98,7 @@ def noisy_logits(
     noisy = (x + noise).flatten(0, 1)
     return as_logits(model(noisy), len(noisy)).unflatten(0, noise.shape[:2])
 
+# %% ../nbs/01_noise.ipynb #dd1bea37
 def noisy_cross_entropy(
     logits,       # [m, b, k]
     target,       # labels [b], or probabilities [b, k]

@@ -46,6 +46,7 @@ def colours(
     given = {name: OTHER_COLOURS[number % len(OTHER_COLOURS)] for number, name in enumerate(spare)}
     return {name: method.colour if method else given[name] for name, method in found.items()}
 
+# %% ../nbs/07_plots.ipynb #7084f0b3
 def dashes(
     logs:dict,  # name -> log
 )->dict:        # name -> line style
@@ -67,6 +68,7 @@ def common_look(
         update(title_font_size=13, title_standoff=8, ticklabelstandoff=5, tickangle=0, ticklabeloverflow='allow')
     return fig
 
+# %% ../nbs/07_plots.ipynb #d741b2d0
 def layout(
     fig:go.Figure,  # changed in place
     title='',       # what the figure shows, as a finding
@@ -170,6 +172,7 @@ def p_a_survival_curve(
     yaxis = dict(title='share of images', range=[0, 1.01], tickformat='.0%')
     return _p_a_figure(logs, _survivals(logs), title, yaxis)
 
+# %% ../nbs/07_plots.ipynb #0578e236
 def p_a_difference_curve(
     logs:dict,  # name -> log; the first is the baseline
     title='',   # the finding
@@ -200,6 +203,7 @@ def _p_a_figure(logs, curves, title, yaxis):
 # %% ../nbs/07_plots.ipynb #01ecbd27
 MEASURED = ('epoch', 'lr', 'seconds', 'clean_accuracy', 'noisy_accuracy')      # of a history; the rest are loss terms
 
+# %% ../nbs/07_plots.ipynb #a78ea91f
 def training_curves(
     history:pd.DataFrame,  # a row per epoch, as `fit` returns it
     title='',              # the finding
@@ -219,6 +223,7 @@ def training_curves(
     fig.update_yaxes(title='accuracy', range=[0, 1.07], tickformat='.0%', row=1, col=2)
     return layout(fig, title, margin_r=70)
 
+# %% ../nbs/07_plots.ipynb #953c9c5a
 def _add_panel(fig, history, panel, height, col):
     "The columns of one panel (name -> colour), of some height in units of y."
     for name, colour in panel.items():

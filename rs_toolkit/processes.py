@@ -98,6 +98,7 @@ def share_weights(
     if not _several(): return
     for tensor in tensors: torch.distributed.broadcast(tensor.data, 0)
 
+# %% ../nbs/00_processes.ipynb #464e48bb
 def share_statistics(
     model,  # changed in place
 ):

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
+# %% ../nbs/13_recipe.ipynb #fc104995
 from .attacks import ATTACKS
 from .catalogue import method_class, method_names
 from .checkpoint import load as load_checkpoint, save as save_checkpoint
@@ -38,6 +39,7 @@ from .train import OPTIMIZERS, PRECISIONS, SCHEDULES, check_run, fit
 GIVEN = ('model', 'x', 'y', 'noise', 'strength', 'sigma', 'num_noise', 'seed', 'attack', 'ramp',
          'teacher', 'predictions', 'num_classes')
 
+# %% ../nbs/13_recipe.ipynb #b5545583
 def arguments(
     make,    # class or function
 )->dict:     # name -> `inspect.Parameter`
@@ -157,6 +159,7 @@ def _rehearse_curriculum(curriculum, name):
                          "curriculum(model, data, epoch, augment, part), and a resumed run needs its state "
                          "(an empty dict, where it remembers nothing)")
 
+# %% ../nbs/13_recipe.ipynb #aa99815c
 def _rehearse_attack(attack, name, num_noise):
     "Call an attack on one image of noise."
     try: inspect.signature(attack).bind('model', 'x', 'y', 'noise', strength=1.)
@@ -183,6 +186,7 @@ CHOICES = dict(augment=('augmentation', ['auto', *AUGMENTATIONS]), schedule=('sc
                optimizer=('optimizer', OPTIMIZERS), precision=('precision', PRECISIONS),
                normalization=('normalization', NORMALIZATIONS))
 
+# %% ../nbs/13_recipe.ipynb #b5cedbf1
 def choose_parts(
     config:dict,  # every parameter of the run, as `run.parameters` answers
 )->Parts:
@@ -232,6 +236,7 @@ class Task:
         splits = dict(train=self.train[0], test=self.test[0])
         return pd.DataFrame({name: dict(images=len(x), shape=list(x.shape[1:])) for name, x in splits.items()}).T
 
+# %% ../nbs/13_recipe.ipynb #86bcfd48
 def _usual_augmentation(dataset, in_channels):
     if dataset == 'imagenet': return 'resized_crop'
     return 'crop_flip' if in_channels == 3 else 'none'
@@ -245,6 +250,7 @@ class Teacher:
     arch_args: dict = field(default_factory=dict)  # what else that takes
     net: torch.nn.Module = None                    # once it is there
 
+# %% ../nbs/13_recipe.ipynb #6c7108e3
 def find_teacher(
     config:dict,   # every parameter of the run
     parts:Parts,
@@ -260,6 +266,7 @@ def find_teacher(
     task.network(teacher.arch, teacher.arch_args)                             # a wrong name shows now
     return teacher
 
+# %% ../nbs/13_recipe.ipynb #d96b0cdc
 def _opened(path, **wanted):
     "A checkpoint that agrees with what its student wants, as far as it says."
     net = load_checkpoint(locate(path))
@@ -273,6 +280,7 @@ def _opened(path, **wanted):
 FIT = ('batch_size', 'lr', 'weight_decay', 'schedule', 'lr_drops', 'lr_lag', 'optimizer', 'precision', 'seed',
        'device', 'processes')
 
+# %% ../nbs/13_recipe.ipynb #04e94b6b
 def train_network(
     config:dict,      # every parameter of the run; `arch` and `arch_args` say which network
     task:Task,
@@ -303,6 +311,7 @@ def keep(
     return save_checkpoint(folder, model, arch=config['arch'], arch_args=config['arch_args'], **task.shape,
                            mean=task.mean, std=task.std, **{name: config[name] for name in told})
 
+# %% ../nbs/13_recipe.ipynb #8041cff1
 def keep_run(
     folder,                # of the run
     model,                 # the finished network

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from traitlets.log import get_logger
 
+# %% ../nbs/12_run.ipynb #6a0cd71c
 from .common import (document, hold, interruptible, package_folder, run_folder, saving, unknown,
                                write_file)
 from .processes import ALONE
@@ -69,6 +70,7 @@ def tell(
     "Say it on the stderr of whoever started the kernel: in the notebook nobody may be listening any more."
     get_logger().warning(words)
 
+# %% ../nbs/12_run.ipynb #6b666e77
 @contextmanager
 def stoppable(
     folder,  # of a run
@@ -99,6 +101,7 @@ def environment(
     hardware = torch.cuda.get_device_name(device) if cuda else f'{cpu_name()}, torch threads: {torch.get_num_threads()}'
     return dict(versions=versions, revision=revision(), device=str(device), hardware=hardware)
 
+# %% ../nbs/12_run.ipynb #51d501bd
 def revision(
 )->str:  # 12 hex digits, with -dirty where files were changed; None: this code is in no repository of its own
     "The commit of the package's own repository: an installed package may lie in somebody else's."
@@ -114,6 +117,7 @@ def revision(
     if top == '' or Path(top).resolve() != folder: return None
     return git('describe', '--always', '--dirty', '--abbrev=12', '--exclude=*') or None
 
+# %% ../nbs/12_run.ipynb #3ac84455
 def cpu_name()->str:
     "The processor, as the system calls it."
     info = Path('/proc/cpuinfo')
@@ -158,6 +162,7 @@ def _begin(folder, parameters, here, writes):
     if writes and here not in record['environments']:
         note(folder, environments=record['environments'] + [here])
 
+# %% ../nbs/12_run.ipynb #ed6df1a4
 def note(
     folder,   # of a run
     **facts,  # plain values

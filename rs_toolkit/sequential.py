@@ -129,6 +129,7 @@ def shortfall(
     with np.errstate(divide='ignore'):
         return np.where(needed > more, np.inf, (needed - .5 - more*p) / deviation)
 
+# %% ../nbs/00_sequential.ipynb #a7499ac0
 def hope_thresholds(
     last,          # count that certifies at the last look [radii]
     looks,         # increasing numbers of votes
@@ -179,6 +180,7 @@ def promise(
     "The radius to be expected of `n` votes."
     return np.maximum(ndtri(lower_bound(np.asarray(share) * n, n, alpha)), 0)
 
+# %% ../nbs/00_sequential.ipynb #4074223b
 def pilot_size(
     count,        # votes for the class in the pilot [images]
     pilot:int,    # votes of the pilot
@@ -319,6 +321,7 @@ class Procedure:
         own = [field.name for field in fields(self) if field.name not in ('sigma', 'n', 'alpha')]     # columns of a log
         return ' '.join([self.name, *(f'{name}={_text(getattr(self, name))}' for name in own)])
 
+# %% ../nbs/00_sequential.ipynb #ebb3c99f
 def _text(value):
     "A number, or several, as a log writes them: in full."
     if isinstance(value, tuple): return ','.join(map(_text, value))

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+# %% ../nbs/15_tables.ipynb #01aa55b3
 from .catalogue import METHODS, method_of
 from .common import data_folder, document, locate, unknown
 from .distribution import log_of
@@ -47,6 +48,7 @@ IDEAL = {   # key of the catalogue -> slow-down; by sigma where the setting depe
     'acr': {.25: (60*4 + 90*12)/150, .5: (70*4 + 80*20)/150, 1.: (60*4 + 90*44/3)/150},   # of 150 epochs: 90, 80, 90
 }
 
+# %% ../nbs/15_tables.ipynb #b0896799
 def _ideal(dataset, source, label, sigma):
     if dataset != 'CIFAR-10' or source.startswith('SODM'): return np.nan             # settings unknown
     by_label = {METHODS[key].label: cost for key, cost in IDEAL.items()}
@@ -70,6 +72,7 @@ COLUMNS = ['source', 'dataset', 'method', 'sigma', 'images', 'acr', 'cost', 'exa
            'seeds', 'acr_std', 'std']      # training seeds; deviation of acr and certified_accuracy over them
 ALONE = dict(seeds=1, acr_std=np.nan, std=np.nan)
 
+# %% ../nbs/15_tables.ipynb #c6fa743a
 def read_published(
     folder=None,     # holds the CSV files; data/published of the project unless given
 )->pd.DataFrame:     # `COLUMNS`, a row per source, method, sigma and radius; images, cost nan where not said
@@ -102,6 +105,7 @@ def _read_sodm(path):
     rows['method'] = rows.model.replace(words, regex=True)
     return rows
 
+# %% ../nbs/15_tables.ipynb #748030da
 def _dataset(log):
     "The data set that the path of a released log names."
     folders = log.split('/')
@@ -160,6 +164,7 @@ def training(
     seconds = json.loads(metrics.read_text()).get('train_seconds') if metrics.is_file() else None
     return record['parameters'] | ({} if seconds is None else dict(train_seconds=seconds))
 
+# %% ../nbs/15_tables.ipynb #6cd0df8d
 def short_names(
     paths,   # of logs
 )->dict:     # path -> name
@@ -202,6 +207,7 @@ class _File:
     method: tuple    # what it shares with other seeds: name, sigma, way of training
     seed: object     # of its training; its path where that is not known
 
+# %% ../nbs/15_tables.ipynb #a60cf1d7
 def _open_file(path, facts, short):
     "The log at a path, with what its file does not say."
     for fact in facts:
@@ -216,6 +222,7 @@ def _open_file(path, facts, short):
     method = (name, float(setting(log, 'sigma')), _way(path, facts, trained))
     return _File(short, trained, log, method, trained.get('seed', path))
 
+# %% ../nbs/15_tables.ipynb #df9a53d8
 def _way(path, facts, trained):
     "What the logs of one method share, as text."
     if 'method' in facts: return facts['method']
@@ -243,6 +250,7 @@ def open_results(
         results.append(_result(files, taken))
     return results
 
+# %% ../nbs/15_tables.ipynb #4a402512
 def _result(files, taken):
     "The seeds of one method; under a name of its own where that one is taken."
     name, sigma, _ = files[0].method
@@ -276,6 +284,7 @@ def read_runs(
     if not results: return pd.DataFrame(columns=COLUMNS)
     return pd.concat([_rows_of(result) for result in results], ignore_index=True)[COLUMNS]
 
+# %% ../nbs/15_tables.ipynb #b0f9fb58
 def _logs_at(sigma, results):
     "All logs of one noise level, by what an error should call them."
     logs = {}
@@ -285,6 +294,7 @@ def _logs_at(sigma, results):
             logs[f'{result.method} ({name})' if len(result.logs) > 1 else result.method] = log
     return logs
 
+# %% ../nbs/15_tables.ipynb #0f3234e6
 def _rows_of(result):
     radii = np.union1d(steps(result.log), RADII)
     def accuracy(log): return certified_accuracy(log, radii)
@@ -302,6 +312,7 @@ def lines(
     "The curves that a frame holds."
     return {key: line.sort_values('radius') for key, line in rows.groupby(['method', 'sigma'], sort=False)}
 
+# %% ../nbs/15_tables.ipynb #d2e41a70
 def accuracy_at(
     line:pd.DataFrame,  # rows of one curve, by radius
     radius,             # a number or an array
@@ -343,6 +354,7 @@ def over_sigma(
         hulls.append(_hull(mine))
     return pd.concat(hulls, ignore_index=True)[[*COLUMNS, 'attained']]
 
+# %% ../nbs/15_tables.ipynb #d1a0ab79
 def _hull(curves):
     "The pointwise best of the curves of one method, by noise level."
     radii = np.unique(np.concatenate([line.radius for line in curves.values()]))
@@ -376,6 +388,7 @@ def table_of(
     if rows.seeds.max() <= 1: table = table.drop(columns='seeds')
     return table.droplevel('sigma').drop(columns='ACR') if rows.sigma.isna().all() else table
 
+# %% ../nbs/15_tables.ipynb #46fe01fc
 def spread_of(
     rows:pd.DataFrame,  # any of the frames above
     radii=None,         # as for `table_of`
@@ -399,6 +412,7 @@ def marks(
         parts.append(pd.DataFrame({name: _mark(part[name], baseline) for name in part}, part.index))
     return pd.concat(parts).set_axis(table.index)
 
+# %% ../nbs/15_tables.ipynb #105f83dc
 def _mark(column, baseline):
     "The marks of one column at one noise level."
     if column.name == 'seeds': return [''] * len(column)
@@ -429,6 +443,7 @@ def _key(value, style):
     "A method or a noise level."
     return _plain(value if isinstance(value, str) else f'{value:g}', style)
 
+# %% ../nbs/15_tables.ipynb #25b4fdec
 def _cell(value, mark, deviation, column, style):
     "A number as printed, with its marks."
     form = {'seeds': '.0f', 'ACR': '.3f'}.get(column, '.1f')
@@ -445,6 +460,7 @@ def _legend(style, baseline, several):
     legend = f'Certified accuracy in percent by radius. {shown}.'
     return f'{legend} Mean{PLUS_MINUS[style]}standard deviation over training seeds.' if several else legend
 
+# %% ../nbs/15_tables.ipynb #41d84acd
 def _printed(table, marked, spread, style):
     "All cells as text, under printed titles."
     keys = table.index.to_frame().map(lambda key: _key(key, style)).rename(columns={'sigma': _plain('σ', style)})

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+# %% ../nbs/10_train.ipynb #3ecc0d23
 from .common import (check_number, check_samples, document, interruptible, plain_number, same_answers,
                                unknown, write_file)
 from .data import Items, batches, check_images, check_labels, fingerprint, image_keys
@@ -53,6 +54,7 @@ PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 # %% ../nbs/10_train.ipynb #a4369881
 SCHEDULES = ('step', 'cosine')
 
+# %% ../nbs/10_train.ipynb #e4184b60
 def drop_epochs(
     epochs:int,     # length of the run
     lr_drops=None,  # epochs (from 0), or parts of the run, strictly between 0 and 1; default: at one and two thirds
@@ -112,6 +114,7 @@ def save_state(
     torch.save({**states, **facts, **random, 'setup': setup}, content)
     write_file(path, content.getvalue())
 
+# %% ../nbs/10_train.ipynb #92f3040d
 def _generators(device):
     "Where torch keeps its random numbers: of the processor, and of the kind of device in use."
     return {'rng': torch} if device == 'cpu' else {'rng': torch, 'device_rng': torch.get_device_module(device)}
@@ -153,6 +156,7 @@ def describe(
         return dict(name=type(thing).__name__, **describe(kept))
     return getattr(thing, '__name__', type(thing).__name__)
 
+# %% ../nbs/10_train.ipynb #d8ecce10
 def _public(thing):
     "The attributes of a thing that are not its own business."
     return {name: value for name, value in vars(thing).items() if not name.startswith('_')}
@@ -199,6 +203,7 @@ def _check_learner(model, method):
     if not isinstance(method, Method):
         raise ValueError(f"the method must be a Method, such as Gaussian(sigma=0.25), got {method!r}")
 
+# %% ../nbs/10_train.ipynb #428f0d04
 def _images_and_labels(data):
     "As tensors, or a stream of images and its labels."
     images, labels = check_images(*data) if isinstance(data, (tuple, list)) else check_images(data)

@@ -48,6 +48,7 @@ def check_eps(
     for value in values.unique().tolist(): check_number(value, 'eps (in [0,1]-pixel units: 8/255, not 8)', 0, 1)
     return values
 
+# %% ../../nbs/deterministic/boxes.ipynb #1f87317b
 def ball(
     x,      # images [b, C, H, W] in [0, 1]
     eps,    # half-width in [0,1]-pixel units: one number, or one for each image
@@ -96,6 +97,7 @@ class Subtract(nn.Module):
     "The difference of two branches."
     def forward(self, a, b): return a - b
 
+# %% ../../nbs/deterministic/boxes.ipynb #0d05045f
 class SpatialMean(nn.Module):
     "The mean over height and width."
     def __init__(self, dim, keepdim=False):
@@ -105,6 +107,7 @@ class SpatialMean(nn.Module):
 
     def forward(self, x): return x.mean((-2, -1), self.keepdim)
 
+# %% ../../nbs/deterministic/boxes.ipynb #36c8abf0
 class Reshape(nn.Module):
     "Another shape for each image."
     def __init__(self,
@@ -133,6 +136,7 @@ def weigh(
         bias = None
     return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
 
+# %% ../../nbs/deterministic/boxes.ipynb #a6ccd784
 def _weighted(layer, box):
     centre = weigh(layer, box.centre)
     width = weigh(layer, box.upper - box.lower, absolute=True)
@@ -182,6 +186,7 @@ def _dropout(p=.5, training=True, inplace=False):
     if training: raise TypeError("always on")
     return nn.Identity()
 
+# %% ../../nbs/deterministic/boxes.ipynb #2c9eb759
 def _contiguous(): return nn.Identity()
 
 # %% ../../nbs/deterministic/boxes.ipynb #a3fb3d94
@@ -234,6 +239,7 @@ def _check_layer(layer, values, where):
     if isinstance(layer, BATCH_NORMS) and layer.running_mean is None:
         raise _refused(f"{what} without running statistics, whose answer depends on the other images of a batch", where)
 
+# %% ../../nbs/deterministic/boxes.ipynb #fe70ad5b
 def _alone(layer, node, where):
     "The layer, or a copy that does not work in place: the boxes of all layers are kept."
     in_place = getattr(layer, 'inplace', False)
@@ -261,6 +267,7 @@ def _graph(model):
         raise ValueError(f"the network cannot be read layer by layer ({type(e).__name__}: {said}): "
                          "its forward pass must be the same for every image, without `if` and loops on values") from e
 
+# %% ../../nbs/deterministic/boxes.ipynb #f09a22df
 def _is_shape(node):
     "Whether a node asks how large a value is, not what it is."
     return node.target == 'size' or (node.target is getattr and node.args[1] == 'shape')
@@ -345,6 +352,7 @@ def read(
 # %% ../../nbs/deterministic/boxes.ipynb #704df9a8
 LARGEST = 2**24   # numbers of one tensor of differences; more classes come in parts
 
+# %% ../../nbs/deterministic/boxes.ipynb #0c743f19
 def margins(
     head,         # Linear: the last layer
     features,     # Box of its input [b, d]
@@ -365,6 +373,7 @@ def margins(
 # %% ../../nbs/deterministic/boxes.ipynb #118e6953
 PRECISIONS = {'float32': torch.float32, 'float64': torch.float64}
 
+# %% ../../nbs/deterministic/boxes.ipynb #973ef492
 def prepare(
     model,                # nn.Module: images [b, C, H, W] -> logits [b, k]
     x,                    # images [b, C, H, W] in [0, 1], or a `Box` of them
@@ -386,6 +395,7 @@ def prepare(
     box = Box(*(end.to(**where) for end in x)) if isinstance(x, Box) else ball(x.to(**where), eps)
     return steps, box, y.to(device_of(model))
 
+# %% ../../nbs/deterministic/boxes.ipynb #49a02f24
 def _check_box(box):
     for end in box: check_images(end)
     if box.lower.shape != box.upper.shape:

@@ -30,6 +30,7 @@ def _matrix(layer, A, box):
     constant = 0. if layer.bias is None else A.reshape(*A.shape[:2], -1, A.shape[-1]).sum(2) @ layer.bias.to(A)
     return [A @ layer.weight.to(A)], constant
 
+# %% ../../nbs/deterministic/crown.ipynb #75ebbbd5
 def _scale(layer, A, box):
     factor = layer.factor.view(-1, *[1]*(A.dim() - 3))
     return [A * factor], A.flatten(3).sum(3) @ layer.shift if A.dim() > 3 else A @ layer.shift
@@ -47,6 +48,7 @@ def _convolution(layer, A, box):
     constant = 0. if layer.bias is None else A.sum((-2, -1)) @ layer.bias.to(A)
     return [part.unflatten(0, A.shape[:2])], constant
 
+# %% ../../nbs/deterministic/crown.ipynb #43ee4354
 def _relu(layer, A, box):
     lower = box.lower[:, None]
     upper = box.upper[:, None]
@@ -61,6 +63,7 @@ def _relu(layer, A, box):
     part = torch.addcmul(A*flat, negative, steep - flat)
     return [part], torch.einsum('bsn,bn->bs', negative.flatten(2), height.flatten(1))
 
+# %% ../../nbs/deterministic/crown.ipynb #e4e33894
 def _sum(layer, A, *boxes): return [A, A], 0.
 def _difference(layer, A, *boxes): return [A, -A], 0.
 
@@ -97,6 +100,7 @@ def _is_exact(steps):
     alone = (*BATCH_NORMS, *SHAPES, Normalize)
     return sum(entry(step.layer, alone) is None for step in steps[1:]) <= 1
 
+# %% ../../nbs/deterministic/crown.ipynb #439430bc
 def tighter(
     steps,            # of `boxes.read`
     boxes,            # Box of each step

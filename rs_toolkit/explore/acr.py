@@ -17,6 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+# %% ../../nbs/explore/acr.ipynb #a58b4dde
 from ..acr import accuracy_without_hardest, acr_by_decile, acr_without_hardest, all_or_nothing, constant
 from ..bounds import constant_acr, max_radius, trivial_budget
 from ..common import document
@@ -106,6 +107,7 @@ def constant_in_words(p:Pair, first)->str:
     if np.isfinite(p.budget): return f'{words}; it beats {first} {needed}.'
     return f'{words}; it beats {first} only with an N of more than 300 digits.'
 
+# %% ../../nbs/explore/acr.ipynb #95a8cf5a
 def given_up_in_words(p:Pair, first)->str:
     "Who earns the ACR, and what may be lost without losing it."
     a = p.outcomes[0]
@@ -116,6 +118,7 @@ def given_up_in_words(p:Pair, first)->str:
             f'Give up the hardest {p.dropped:.0%}: <b>{kept:.1%}</b> of it stays, '
             f'and {right:.1%} of the images are still right.')
 
+# %% ../../nbs/explore/acr.ipynb #0e6d4861
 def in_words(p:Pair)->str:
     "The finding of each panel."
     short = p.short_names
@@ -132,6 +135,7 @@ def steps_of(o):
     "Where certified accuracy falls."
     return np.unique(np.r_[0, np.maximum(o.credited, 0)])
 
+# %% ../../nbs/explore/acr.ipynb #6fa30c54
 @lru_cache(100)
 def curves(
     o:Outcome,  # of one run
@@ -212,6 +216,7 @@ def given_up_traces(p:Pair)->dict:
         'curve dropped': {'x': radii[left > 0], 'y': left[left > 0]},
     }
 
+# %% ../../nbs/explore/acr.ipynb #93226d02
 def acr_traces(p:Pair)->dict:
     "What each line of the picture shows, by name."
     return run_traces(p) | constant_traces(p) | given_up_traces(p)
@@ -219,6 +224,7 @@ def acr_traces(p:Pair)->dict:
 # %% ../../nbs/explore/acr.ipynb #5614fdcd
 def both(name, look): return {f'{name} {which}': look for which in 'AB'}
 
+# %% ../../nbs/explore/acr.ipynb #291ff083
 MOVED = dict(mode='markers+text', marker=dict(color=ORANGE, size=10), textfont=dict(color=ORANGE, size=14),
              cliponaxis=False)
 LOOKS = {  # what `acr_traces` computes -> panel, look
@@ -256,6 +262,7 @@ def acr_layout(
             'yaxis2.range': [0, 1.2 * tenth + .001],
             'xaxis4.range': [0, 1.03 * reach]}
 
+# %% ../../nbs/explore/acr.ipynb #8f1c4a9c
 def acr_figure(p:Pair=None)->go.Figure:
     "The four panels for two runs; the opening ones unless given."
     p = p or opening_pair()

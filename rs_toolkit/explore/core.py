@@ -21,6 +21,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.basedatatypes import Undefined
 
+# %% ../../nbs/explore/00_core.ipynb #2f3fd017
 from ..common import data_folder, document
 from ..distribution import outcome, votes_of_log
 from ..metrics import setting
@@ -48,6 +49,7 @@ def named(line, position='top right'):
     "A line with its name."
     return line | dict(mode='lines+text') | _lettering(line['line']['color'], position)
 
+# %% ../../nbs/explore/00_core.ipynb #6452644a
 def dot(color, position='bottom right', size=11, mode='markers+text'):
     "The point that the reader moves, with its value."
     marker = dict(color=color, size=size, opacity=1, line=dict(color='white', width=1.5))
@@ -75,6 +77,7 @@ def circles(
     return dict(x=(x[keep, None] + radius * np.sin(turn) + gap).ravel(),
                 y=(y[keep, None] + aspect * radius * np.cos(turn) + gap).ravel())
 
+# %% ../../nbs/explore/00_core.ipynb #85215e65
 def dots(
     points,      # [n, 2]
     radius,      # along x
@@ -84,6 +87,7 @@ def dots(
     "Many points as one shape."
     return circles(*np.array(points, float).reshape(-1, 2).T, radius, corners, aspect)
 
+# %% ../../nbs/explore/00_core.ipynb #95048e98
 def middles(
     shape,       # of `dots`: x and y, as a dict or a trace
     corners=8,
@@ -112,6 +116,7 @@ GROUPS = {  # name -> folders in data/
     'CIFAR-10 (JPEG copy)': 'cifar10-*',
 }
 
+# %% ../../nbs/explore/00_core.ipynb #e0ea6292
 @dataclass(frozen=True)
 class Shipped:
     "A run of our own."
@@ -125,6 +130,7 @@ class Shipped:
     @property
     def weights(self): return self.folder/'model.safetensors'
 
+# %% ../../nbs/explore/00_core.ipynb #72b6c049
 def shipped_runs(
     group=None,  # key of `GROUPS`; all of them unless given
 )->list:         # of `Shipped`
@@ -199,6 +205,7 @@ def alert(words):
     "What went wrong, as text: it may quote what somebody typed."
     return f'<div role="alert" style="color:{ORANGE}">{escape(words)}</div>'
 
+# %% ../../nbs/explore/00_core.ipynb #abed5471
 EMPTY = {'x': [], 'y': [], 'visible': False}
 
 class Figure(go.FigureWidget):

@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+# %% ../../nbs/explore/landscape.ipynb #0de5a4e5
 from ..bounds import certified_radius
 from ..certify import ABSTAIN, certify
 from ..common import document
@@ -41,6 +42,7 @@ def within(field):
     "The square of what was computed for more than it."
     return field[..., BEYOND:-BEYOND, BEYOND:-BEYOND]
 
+# %% ../../nbs/explore/landscape.ipynb #f9b95bf8
 @dataclass(frozen=True)
 class Scene:
     "A problem, a classifier trained for it, and its answers everywhere."
@@ -137,6 +139,7 @@ TINTS = ['#8ec3e0', '#f4bd93']
 
 def named_class(label): return f'<b style="color:{COLOURS[label]}">{NAMES[label]}</b>'
 
+# %% ../../nbs/explore/landscape.ipynb #52eb2377
 def base_in_words(s:Landscape)->str:
     "Where the base classifier errs first."
     near = s.adversary[0]
@@ -150,6 +153,7 @@ def base_in_words(s:Landscape)->str:
     if np.isfinite(near): return f'The base classifier errs first {near:.3f} away, outside the ball.'
     return 'The base classifier gives this answer everywhere in the square.'
 
+# %% ../../nbs/explore/landscape.ipynb #a8e74ba0
 def in_words(s:Landscape)->str:
     "What the picture says about the point, in HTML."
     c = s.certificate
@@ -186,6 +190,7 @@ def way(point, end):
     "From the point to where the answer changes, if it does anywhere."
     return xy([point, end] if end else [])
 
+# %% ../../nbs/explore/landscape.ipynb #171066d3
 def base_traces(s:Landscape)->dict:
     "The base classifier, its training points, and the noisy copies of the point."
     copies, votes = s.copies
@@ -221,6 +226,7 @@ def smoothed_traces(s:Landscape)->dict:
         traces[f'{name} balls'] = circles(*at[answer == i].T, radius[answer == i])
     return traces
 
+# %% ../../nbs/explore/landscape.ipynb #50f98674
 def landscape_traces(s:Landscape)->dict:
     "Everything that is drawn, by the name of its trace."
     return base_traces(s) | smoothed_traces(s)
@@ -240,6 +246,7 @@ def _field(*colours, **look):
 
 def _quiet(look): return dict(hoverinfo='skip') | look
 
+# %% ../../nbs/explore/landscape.ipynb #163bd3a1
 def _spot(color, size, symbol='circle', edge='white', width=1):
     rim = dict(color=edge, width=width)
     return _quiet(dict(mode='markers', marker=dict(color=color, size=size, symbol=symbol, line=rim)))
@@ -286,6 +293,7 @@ def landscape_notes(s:Landscape)->list:
             note('adversarial point' if inside else 'another answer', '', s.adversary[1]),
             note('boundary', '2', s.way_out[1])]
 
+# %% ../../nbs/explore/landscape.ipynb #8986b57e
 def landscape_figure(s:Landscape=None)->go.Figure:
     "Both panels for one setting; the opening one unless given."
     s = s or Landscape()

@@ -42,6 +42,7 @@ def released(dataset, *sources): return lambda: pick(read_published(), dataset=[
 
 def ours(group): return lambda: read_runs([run.folder for run in shipped_runs(group)])
 
+# %% ../../nbs/explore/methods.ipynb #c046bf53
 def cifar10():
     "Table 2 of the ACR paper, and from the CAT-RS logs the two methods that it does not have."
     rows = pick(read_published(), dataset=['CIFAR-10'])
@@ -60,6 +61,7 @@ class Source:
     note: str                # what they are
     cost: str = IDEAL_COST   # what their cost is
 
+# %% ../../nbs/explore/methods.ipynb #a2930cc1
 SOURCES = {
     'CIFAR-10, published': Source(
         cifar10, 'ResNet-110, 10,000 test images, N = 100,000. Table 2 of the ACR paper; '
@@ -96,6 +98,7 @@ def _glob(folder, pattern):
         parts = parts[1:]
     return root.glob(str(Path(*parts))) if parts else []
 
+# %% ../../nbs/explore/methods.ipynb #ba18a2e9
 def own_source(
     pattern:str,  # run folders and logs, such as runs/*
 )->Source:
@@ -107,6 +110,7 @@ def own_source(
     if not runs: raise ValueError(f"no run in {pattern!r}: name folders with a certify.tsv, such as runs/*, or logs")
     return Source(lambda: read_runs(runs), f'{len(runs)} runs of your own; of several seeds, the mean.', SECONDS)
 
+# %% ../../nbs/explore/methods.ipynb #c203d6ad
 def open_source(
     name:str,      # key of `SOURCES`, or `MINE`
     pattern='',    # for `MINE`
@@ -122,6 +126,7 @@ def gaussians_first(methods):
     "The baselines before the others, which stay in their order."
     return sorted(dict.fromkeys(methods), key=lambda m: (not m.startswith('Gaussian'), m != 'Gaussian m=4'))
 
+# %% ../../nbs/explore/methods.ipynb #4a9971ce
 @dataclass(frozen=True, eq=False)
 class Choice:
     "Some rows of a source, and how to look at them."
@@ -208,6 +213,7 @@ def styles_in_words(c:Choice)->str:
     if len(sigmas) > 1: return ', '.join(f'σ = {s:g} {style}' for s, style in zip(sigmas, STYLES))
     return '' if c.envelope else f'σ = {sigmas[0]:g}'
 
+# %% ../../nbs/explore/methods.ipynb #8d97ce40
 def behind_in_words(c:Choice, first)->str:
     "Which methods certify fewer images than the baseline of their sigma."
     if (c.baseline, first[1]) not in c.lines: return ''
@@ -250,6 +256,7 @@ def overlap(p, q):
     high = min(p[3], q[3]) - max(p[2], q[2])
     return max(0, wide) * max(0, high)
 
+# %% ../../nbs/explore/methods.ipynb #e2071c81
 def crowding(
     box:tuple,    # left, right, low, high
     others:list,  # boxes that are taken
@@ -258,6 +265,7 @@ def crowding(
     left, right, *_ = box
     return sum(overlap(box, other) for other in others) + max(0, right - 1.12) + max(0, -.12 - left)
 
+# %% ../../nbs/explore/methods.ipynb #a13a6148
 def boxes_beside(
     x:float, y:float,  # a point of the unit square
     wide:float,        # width of its name
@@ -321,6 +329,7 @@ def height_of_differences(
     high = max([.05, *(gap.max() for gap in gaps)])
     return low, high, .08 * (high - low)
 
+# %% ../../nbs/explore/methods.ipynb #0a1e94b6
 def name_traces(c:Choice)->dict:
     "Each method's name where its farthest line ends."
     low, high, pad = height_of_differences(c)
@@ -376,6 +385,7 @@ def still_traces(c:Choice)->dict:
                               'textposition': 'middle left'}
     return traces | curve_traces(c) | name_traces(c) | cost_traces(c)
 
+# %% ../../nbs/explore/methods.ipynb #96ce3e83
 def moving_traces(c:Choice)->dict:
     "What does: the radius, and who is where."
     low, high, pad = height_of_differences(c)
@@ -417,6 +427,7 @@ def method_axes(
         'yaxis4.range': [acr.min() - free, acr.max() + free],
     }
 
+# %% ../../nbs/explore/methods.ipynb #5d3aabc9
 def method_traces(
     c:Choice,
     cost='',   # what the cost is
@@ -427,6 +438,7 @@ def method_traces(
 # %% ../../nbs/explore/methods.ipynb #40705458
 def letters(row, **more): return (row, 1, dict(mode='text', cliponaxis=False, hoverinfo='skip') | more)
 
+# %% ../../nbs/explore/methods.ipynb #5252a838
 POINTS = dict(mode='lines+markers', marker_size=6)
 QUIET = dict(mode='lines', hoverinfo='skip')
 LOOKS = {  # trace -> panel, look
@@ -448,6 +460,7 @@ LOOKS = {  # trace -> panel, look
 TITLES = ['Certified accuracy against radius', 'At the orange radius', 'Won and lost against the baseline',
           'What training costs, and the ACR it buys']
 
+# %% ../../nbs/explore/methods.ipynb #6003a0e9
 def kind_of(trace): return trace.rstrip(' 0123456789')
 
 def looks_of(traces):
@@ -460,6 +473,7 @@ def opening_choice()->Choice:
     rows = cifar10()
     return Choice(rows, tuple(rows.method.unique()), (.5,), 'Gaussian m=4')
 
+# %% ../../nbs/explore/methods.ipynb #ae03631e
 def methods_figure(
     c:Choice=None,    # what to show; the opening choice unless given
     cost=IDEAL_COST,  # what the cost is

@@ -19,6 +19,7 @@ import ipywidgets as W
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+# %% ../../nbs/explore/p_a.ipynb #ba34cd40
 from ..catalogue import METHODS
 from ..common import document, locate
 from ..distribution import open_log, together
@@ -34,6 +35,7 @@ def all_methods(
     "One run of each method, at one noise level."
     return {entry.label: f'data/digits-methods/{budget}/{entry.key}' for entry in METHODS.values()}
 
+# %% ../../nbs/explore/p_a.ipynb #a796e6ba
 EPOCHS = 'data/digits-methods/equal_epochs'
 SHIPPED = {  # what can be chosen -> the runs in it: name -> folder
     'digits, σ = .5, equal epochs': lambda: all_methods('equal_epochs'),
@@ -46,6 +48,7 @@ SHIPPED = {  # what can be chosen -> the runs in it: name -> folder
     'only your own': dict,
 }
 
+# %% ../../nbs/explore/p_a.ipynb #89920c5d
 def shipped_logs(
     choice:str,  # key of `SHIPPED`
 )->dict:         # name -> folder or log
@@ -83,6 +86,7 @@ def looks(
         found[name] = colour, order.index(sigma) % len(DASHES)
     return found
 
+# %% ../../nbs/explore/p_a.ipynb #3ca3e119
 @dataclass(frozen=True, eq=False)
 class Run(Votes):
     "One classifier's votes, and how it is drawn."
@@ -98,6 +102,7 @@ def runs_of(
     look = looks(logs)
     return {name: Run(log, name, *look[name]) for name, log in logs.items()}
 
+# %% ../../nbs/explore/p_a.ipynb #898dd219
 def open_runs(
     paths:dict,  # name -> run folder or log
 )->dict:         # name -> `Run`
@@ -108,6 +113,7 @@ def open_runs(
 MOST = 6                                       # lines that a reader can tell apart
 OPENING = ['Gaussian m=4', 'SmoothAdv', 'CAT-RS', 'ACR paper']
 
+# %% ../../nbs/explore/p_a.ipynb #352d3eea
 @dataclass(frozen=True, eq=False)
 class Page:
     "Runs, and how to look at them."
@@ -128,6 +134,7 @@ class Page:
     @property
     def projected(self): return [name for name, o in self.outcomes.items() if o.projected]
 
+# %% ../../nbs/explore/p_a.ipynb #e4bd8a1e
 def opening_page()->Page:
     "Four ways to train on the digits."
     runs = open_runs(all_methods('equal_epochs'))
@@ -138,6 +145,7 @@ EASY = .9
 
 def many(d): return f'{abs(d)} {"more" if d > 0 else "fewer"}' if d else 'as many'
 
+# %% ../../nbs/explore/p_a.ipynb #9f1f1fd7
 def finding(page:Page)->str:
     "How the run with the highest ACR came by it."
     base = page.baseline
@@ -151,6 +159,7 @@ def finding(page:Page)->str:
             f'with <b>{many(easy)} easy</b> images (p<sub>A</sub> ≥ {EASY:g}) '
             f'and <b>{many(hard)} hard</b> ones (p<sub>A</sub> &lt; .5).')
 
+# %% ../../nbs/explore/p_a.ipynb #5045ee24
 def projection_in_words(page:Page)->str:
     "Whose votes are fewer than N."
     if not page.projected: return ''
@@ -173,6 +182,7 @@ def table_row(run:Run, o)->str:
     name = f'<td style="color:{run.colour}"><b>{escape(run.name)}</b></td>'
     return f'<tr>{name}{cells([f"{o.acr:.3f}", *(f"{share:.1%}" for share in shares)])}</tr>'
 
+# %% ../../nbs/explore/p_a.ipynb #f0c88ca2
 def in_words(page:Page)->str:
     "The finding, what of it is not certified, and a table."
     if not page.runs: return ''
@@ -187,6 +197,7 @@ EDGES = radii_grid(1, 20)
 DOTTED = ['2px,3px', '8px,3px,2px,3px']              # projected: the lines of the first σ, and of the second
 PANELS = dict(survival=(1, 1), difference=(1, 2), share=(2, 1), accuracy=(2, 2))
 
+# %% ../../nbs/explore/p_a.ipynb #1907b2cb
 def _looks():
     "Name of a trace -> panel, look."
     looks = {'images': (2, 1, line(GREY, 1.5, shape='hv'))}
@@ -212,6 +223,7 @@ def curves(o, base, radii, cdf)->dict:
                 share=dict(x=EDGES, y=np.r_[parts, parts[-1]]),
                 accuracy=dict(x=radii, y=o.accuracy(radii)))
 
+# %% ../../nbs/explore/p_a.ipynb #e1a4c55c
 def run_traces(page:Page, name, lines, radii)->dict:
     "panel -> what is drawn of one run, and of what it certifies where the rest is projected."
     run = page.runs[name]
@@ -279,6 +291,7 @@ def p_a_traces(page:Page)->tuple:
 TITLES = ['How easy the images are', 'The same, less that of the baseline',
           'Which images ACR is made of', 'How far they are certified']
 
+# %% ../../nbs/explore/p_a.ipynb #a6a848d8
 def p_a_figure(
     page:Page=None,  # the opening page unless given
 )->go.Figure:

@@ -36,6 +36,7 @@ def large(
     mantissa, exponent = f'{x:.1e}'.split('e')
     return f'{mantissa} × 10<sup>{int(exponent)}</sup>'
 
+# %% ../../nbs/explore/radius.ipynb #4a6ac4e9
 def down(
     x:float,   # a radius or a probability that we promise
     digits=3,  # behind the point
@@ -219,8 +220,7 @@ SHARES = np.r_[np.arange(40, 90) / 100,                  # finer towards the end
                np.arange(9900, 9990) / 10_000,
                np.arange(99_900, 100_001) / 100_000]
 
-
-
+# %% ../../nbs/explore/radius.ipynb #465f15dc
 class RadiusExplorer(Explorer):
     "Which radius a share of votes certifies, what the bound costs, and the N with which a constant classifier wins."
     def __init__(self, **start):  # fields of `Setting`

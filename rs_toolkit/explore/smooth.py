@@ -20,6 +20,7 @@ import ipywidgets as W
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+# %% ../../nbs/explore/smooth.ipynb #8ed4af55
 from ..bounds import max_radius
 from ..certify import ABSTAIN, Certificate, noisy_copies, vote_stream
 from ..checkpoint import load as load_checkpoint
@@ -48,6 +49,7 @@ def trained(
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     return load_checkpoint(config.parent).to(device), *load(dataset, 'test')
 
+# %% ../../nbs/explore/smooth.ipynb #977b5196
 def at_hand(run):
     "Whether a run that ships has its weights, and its images are here."
     dataset = run.parameters['dataset']
@@ -65,6 +67,7 @@ N0 = 100        # samples that choose the class
 COPIES = 7      # noisy copies to look at
 IMAGE = 40      # to begin with
 
+# %% ../../nbs/explore/smooth.ipynb #172f9d2d
 @dataclass(frozen=True)
 class Watched:
     "A certification under way, finished, or stopped."
@@ -136,6 +139,7 @@ def outcome(c:Certificate)->str:
     if c.prediction == ABSTAIN: return f'{bound}, below one half: <b>abstain</b>'
     return f'{bound}, radius <b>{down(c.radius)}</b>'
 
+# %% ../../nbs/explore/smooth.ipynb #d8969f7a
 def certificate_in_words(w:Watched)->str:
     "What the finished run promises, and how to have it again."
     c = w.now
@@ -176,6 +180,7 @@ def thinned(
     down, across = (-(-side // 64) for side in pictures.shape[2:])
     return pictures[:, :, ::down, ::across]
 
+# %% ../../nbs/explore/smooth.ipynb #2fd5851d
 def mosaic(
     pictures,    # [m, C, H, W], C = 1 or 3
     columns=4,
@@ -203,6 +208,7 @@ def shown_classes(w:Watched)->np.ndarray:
 def bars(classes, counts, these):
     return dict(x=np.arange(len(classes))[these], y=counts[these], text=[f'{v:,}' if v else '' for v in counts[these]])
 
+# %% ../../nbs/explore/smooth.ipynb #04e203e0
 def image_traces(w:Watched, top)->dict:
     "The image, its noisy copies, what the network calls them, and the votes class by class."
     canvas, x, y = mosaic(w.pictures)
@@ -233,6 +239,7 @@ def bound_traces(n, at, certificates)->dict:
         'bound end': dict(x=at[end], y=bound[end], text=[f' bound {probability(p)}' for p in bound[end]]),
     }
 
+# %% ../../nbs/explore/smooth.ipynb #96660ff2
 def radius_traces(w:Watched, at, certificates)->dict:
     "The radius that a run of each N would have certified; the certificate, once there is one."
     radius = [c.radius for c in certificates]
@@ -262,6 +269,7 @@ def smooth_traces(w:Watched)->dict:
     top = w.now.selected if m else -1
     return image_traces(w, top) | bound_traces(w.n, at, certificates) | radius_traces(w, at, certificates)
 
+# %% ../../nbs/explore/smooth.ipynb #db53b4dd
 def smooth_axes(w:Watched)->dict:
     "How far the axes go, and the names of the classes."
     height, width, _ = mosaic(w.pictures)[0].shape
@@ -278,6 +286,7 @@ def bar(color):
     return dict(type='bar', marker_color=color, textposition='outside', textangle=0, constraintext='none',
                 textfont_size=12, cliponaxis=False)
 
+# %% ../../nbs/explore/smooth.ipynb #711c3fe4
 LOOKS = {  # what `smooth_traces` computes -> panel, look
     'pictures': (1, 1, dict(type='image', hoverinfo='skip')),
     'votes chosen': (1, 2, bar(BLUE)),
@@ -306,6 +315,7 @@ def opening_run()->Watched:
     *_, w = watch(*trained(folder), IMAGE, .25)
     return w
 
+# %% ../../nbs/explore/smooth.ipynb #e213edc6
 def smooth_figure(
     w:Watched=None,  # the opening run unless given
 )->go.Figure:

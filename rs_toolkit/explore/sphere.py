@@ -21,6 +21,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+# %% ../../nbs/explore/sphere.ipynb #f905d3c0
 from .. import checkpoint
 from ..catalogue import METHODS
 from ..common import data_folder, document
@@ -38,6 +39,7 @@ NOISES = 24     # of an image
 SIGMA = .5      # noise level of the digits
 STEP = .05      # of the slider of eps
 
+# %% ../../nbs/explore/sphere.ipynb #cb80e3a4
 @dataclass(frozen=True)
 class Setting:
     "What is attacked, and how."
@@ -87,6 +89,7 @@ def plane_walk(problem, point, sigma, eps, norm)->Walk:
 # %% ../../nbs/explore/sphere.ipynb #83a42f36
 def share(x): return f'{x:.2f}'.removeprefix('0')
 
+# %% ../../nbs/explore/sphere.ipynb #11b4e7e8
 def walk_in_words(
     w:Walk,
     steps:int,  # done
@@ -102,6 +105,7 @@ def walk_in_words(
             f'which itself stayed the same to {w.stretch(steps):.0e}. '
             f'Mean confidence in the true class: {confidence[0]} before, <b>{confidence[1]}</b> after.')
 
+# %% ../../nbs/explore/sphere.ipynb #783bd880
 def gradients_in_words(
     tables,     # `gradient_table` after no step, one, two ..., as far as they are known
     steps:int,  # done
@@ -129,6 +133,7 @@ def there_and_back(
     "Many lines as one without gaps: each goes to its end and returns, and the next begins."
     return np.concatenate([lines, lines[::-1]])[:, np.argsort(lines[0])].T.ravel()
 
+# %% ../../nbs/explore/sphere.ipynb #a96bb7f3
 def rings(x, y, radius, width):
     "Thin circles as one shape: around along the outer edge, and back along the inner one."
     outer = circles(x, y, radius + width/2)
@@ -240,6 +245,7 @@ def marker(color, symbol='circle', size=9):
 
 def box(color): return dict(type='box', marker=dict(color=color, size=3), line_width=1.5, width=.036)
 
+# %% ../../nbs/explore/sphere.ipynb #e404a573
 THIN = dict(hoverinfo='skip')
 PIXELS = dict(type='heatmap', zmin=-.6, zmax=1.6, colorscale='gray', showscale=False)
 NOW = dict(mode='markers+text', marker=dict(color='black', size=10), textposition='top right', cliponaxis=False)
@@ -297,6 +303,7 @@ def walks(s, known):
     for name, (make, needs) in jobs.items():
         if name not in known or known[name][0] != needs: yield {name: (needs, make(*needs))}
 
+# %% ../../nbs/explore/sphere.ipynb #0e0e6402
 def gradients(s, known):
     "The gradients of many digits, step by step, unless all are known."
     needs = s.model, s.eps, s.norm
@@ -309,6 +316,7 @@ def gradients(s, known):
         tables = [*tables, gradient_table(frame)]
         yield {'gradients': (needs, frames, tables)}
 
+# %% ../../nbs/explore/sphere.ipynb #3a8638a0
 def work(
     s:Setting,
     known=None,  # name -> (what it depends on, result), of earlier work
@@ -334,6 +342,7 @@ def sphere_traces(
     _, frames, _ = known['gradients']
     return plane_traces(problem, plane, steps) | digit_traces(digit, steps) | gradient_traces(frames, steps)
 
+# %% ../../nbs/explore/sphere.ipynb #7473cb2f
 def sphere_figure(s:Setting=None)->go.Figure:
     "The four panels for one setting; the opening one unless given."
     s = s or Setting()

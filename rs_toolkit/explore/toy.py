@@ -18,6 +18,7 @@ from contourpy import FillType, LineType, contour_generator
 from scipy.special import bdtr, bdtrik, ndtr
 from torch import nn
 
+# %% ../../nbs/explore/01_toy.ipynb #a442fdee
 from ..attacks import smoothed_pgd, sphere_attack
 from ..bounds import certified_radius, lower_bound, round_down
 from ..catalogue import METHODS
@@ -40,6 +41,7 @@ def two_moons(n=200, seed=0):
     points, labels = make_moons(n, noise=.2, random_state=seed)
     return _images((points + [1, .5]) * [.25, .4] + [.125, .2], labels)
 
+# %% ../../nbs/explore/01_toy.ipynb #71acca41
 def spirals(n=200, seed=0):
     "Two arms, half a turn apart."
     rng = np.random.default_rng(seed)
@@ -116,6 +118,7 @@ def centres(
     beyond = math.ceil(reach * resolution)
     return (np.arange(-beyond, resolution + beyond) + .5) / resolution
 
+# %% ../../nbs/explore/01_toy.ipynb #d73d6ee9
 def grid(
     resolution=100,  # cells along a side of the unit square
     reach=0.,        # how far to go on beyond each of its sides
@@ -181,6 +184,7 @@ def smooth(
     along_y = _carried(y, cells, sigma) @ torch.from_numpy(part[:-1])
     return _with_the_last((along_y @ _carried(x, cells, sigma).T).numpy())
 
+# %% ../../nbs/explore/01_toy.ipynb #0490aca0
 def smooth_at(
     part,         # [k, R, R], of `shares`
     cells,        # [R], of `centres`, with the same reach
@@ -248,6 +252,7 @@ def boundary(
     lines = contours.lines(0)[0][0]
     return np.empty((0, 2)) if lines is None else lines
 
+# %% ../../nbs/explore/01_toy.ipynb #ae432f68
 def region(
     ahead,        # [r, r], such as one class of `lead`
     at,           # [r], middles of the cells

@@ -77,6 +77,7 @@ def _counts_so_far(
                          "(another normalisation, say): choose another folder, or delete it")
     return list(state['counts'])
 
+# %% ../../nbs/methods/catrs.ipynb #a3cccf1a
 def _write_counts(path, counts, setup, said):
     content = io.BytesIO()
     torch.save(dict(counts=torch.stack(counts), setup=setup, answers=said), content)

@@ -27,6 +27,7 @@ def cross(
 def divergence(logp, mean): return cross(logp, mean) - entropy(mean)
 def first_two(logp, mean): return (logp[0].exp() - logp[1].exp()).square().sum(-1)
 
+# %% ../../nbs/methods/consistency.ipynb #aa084351
 FORMS = {'kl+entropy': divergence, 'kl': divergence, 'xent': cross, 'mse': first_two}    # how the copies disagree [b]
 
 # %% ../../nbs/methods/consistency.ipynb #f3c744c7

@@ -112,6 +112,7 @@ def epoch_of(
     if epochs is not None and when >= epochs: raise too_late(name, when, epochs)
     return when
 
+# %% ../../nbs/methods/00_core.ipynb #5a7c6566
 def duration_of(
     when,        # as `check_epoch` returns it, or a number of epochs
     epochs:int,  # length of the run; None: not known
@@ -140,6 +141,7 @@ def _doubled(epoch, at): return 1. + (epoch >= at)
 # name -> strength, from the epoch and the ramp's own epoch
 RAMPS = {'warm_up': _warmed_up, 'switch_on': _switched_on, 'double_from': _doubled}
 
+# %% ../../nbs/methods/00_core.ipynb #be41d77b
 class Ramp:
     "Strength by epoch: the product of named ramps."
     def __init__(self, **given):   # name -> its epoch, or its part of the run

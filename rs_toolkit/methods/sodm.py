@@ -41,6 +41,7 @@ class Temperature(Mapping):
         u = logits - logits.amax(-1, keepdim=True)
         return self.h(u).clamp(-math.log(16), math.log(16)).exp() * u
 
+# %% ../../nbs/methods/sodm.ipynb #4eaf8032
 class Residual(Mapping):
     "softmax(u + W2 relu(W1 u + b1) + b2); it may change the order of the logits."
     def __init__(self, num_classes, width=64):
