@@ -234,7 +234,7 @@ def test_a_broken_model_is_said_and_the_next_run_works(monkeypatch):
 def test_infinite_logits_are_said():
     e = SmoothExplorer(**N)
     [(model, _, _)] = e.opened.values()
-    model[0][1][0].bias.data[0] = float('nan')
+    model[1][0].bias.data[0] = float('nan')
     e.buttons['start'].click()
     assert e.worker.wait()
     assert complains(e, 'NaN or infinite logits')
