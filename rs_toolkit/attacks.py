@@ -241,7 +241,8 @@ def attack_smoothed(
         moved = (x + d).clamp(0, 1)
         with torch.no_grad(), frozen(model): base = as_logits(model(moved), len(moved)).argmax(1)
         voted = predict(model, moved.cpu(), sigma, n=n, alpha=alpha, seed=seed, idx=ids.tolist(), precision=precision)
-        found = zip(ids.tolist(), y.tolist(), voted, base.tolist(), image_norm(d).flatten().tolist())
+        norms = image_norm(d).flatten()
+        found = zip(ids.tolist(), labels[at].tolist(), voted, base.cpu().tolist(), norms.cpu().tolist())
         for i, label, vote, guess, size in found:
             rows.append(dict(idx=i, label=label, predict=vote, base_predict=guess, correct=int(vote == label),
                              norm=size))
