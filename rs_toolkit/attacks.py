@@ -171,7 +171,7 @@ def ddn(
             norm = torch.minimum(norm * torch.where(fooled, 1 - gamma, 1 + gamma), longest)
             rate = .01 + .99 * (1 + math.cos(math.pi * t / steps)) / 2
             d = d + rate * unit(slope)
-            d = (x + d * norm / image_norm(d).clamp_min(1e-12)).clamp(0, 1) - x
+            d = ((x + d * norm / image_norm(d).clamp_min(1e-12)).clamp(0, 1) - x).detach()
     return noise + clip_norm(best, eps)
 
 # %% ../nbs/08_attacks.ipynb #416eb3f2

@@ -232,7 +232,7 @@ def _comments(fields, lines):
     words = {}
     for number, shared in together.items():
         rest = lines[number - 1].encode()[shared[-1][1]:].decode()                         # columns count bytes
-        found = re.fullmatch(r'[\s,):]*#\s*(.*?)\s*', rest)
+        found = re.fullmatch(r'[\s,*):]*#\s*(.*?)\s*', rest)
         if found: words[', '.join(name for name, _ in shared)] = found[1]
     return words
 
