@@ -1,7 +1,4 @@
-"""Trains on digits, with each method named, and writes weights and losses: `trainer.py FOLDER PROCESSES METHOD ...`.
-
-Goes on where it was killed.
-"""
+"""Trains on digits with each method named, and leaves weights and losses: `trainer.py FOLDER PROCESSES METHOD ...`."""
 import json
 import os
 import sys
@@ -42,21 +39,20 @@ METHODS = {  # the method, and the curriculum
     'easy_data': lambda: (Gaussian(.25, num_noise=2, attack=partial(sphere_attack, eps=.2, steps=2), ramp=switch_on(1)),
                           EasyData(.25, start=1, threshold=.05, every=2))}
 
-if __name__ == '__main__':
-    out = Path(sys.argv[1])
-    processes = int(sys.argv[2])
+def train(out, processes, names):
+    "Train with each method named, or go on where it was killed; leave weights and losses."
     rank = os.environ.get('RANK', '0')
-    images, labels = (t[:SIZE] for t in load('digits', 'train'))
-    for name in sys.argv[3:]:
+    images, labels = load('digits', 'train')
+    for name in names:
         torch.manual_seed(0)
         model = build('small_cnn', 10, 1, 8)
         method, curriculum = METHODS[name]()
-        history = fit(model, method, (images, labels), 6, batch_size=61, lr=.02, device='cpu', curriculum=curriculum,
-                      micro_batch=16, processes=processes,
-                      resume=out/f'{name}.state', progress=False)
-        weights = {}
-        for part, module in ('model', model), ('method', method):
-            for k, v in module.state_dict().items():
-                if isinstance(v, torch.Tensor): weights[f'{part}.{k}'] = v
+        history = fit(model, method, (images[:SIZE], labels[:SIZE]), 6, batch_size=61, lr=.02, device='cpu',
+                      curriculum=curriculum, micro_batch=16, processes=processes, resume=out/f'{name}.state',
+                      progress=False)
+        weights = {f'model.{k}': v for k, v in model.state_dict().items()}
+        weights |= {f'method.{k}': v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
         torch.save(weights, out/f'{name}.{rank}.pt')
         (out/f'{name}.json').write_text(json.dumps(history.drop(columns='seconds').to_dict('list')))
+
+if __name__ == '__main__': train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
