@@ -13,13 +13,13 @@ SERVER.set_forkserver_preload(['torch', 'torchvision', 'accelerate', 'pandas', '
 def forked(function, *args):
     "The exit code of a call in a new process (0: it returned), and all that it said."
     with tempfile.NamedTemporaryFile() as said:
-        process = SERVER.Process(target=_into, args=(said.name, function, *args))
+        process = SERVER.Process(target=into, args=(said.name, function, *args))
         process.start()
         process.join()
         return process.exitcode, Path(said.name).read_text()
 
 
-def _into(path, function, *args):
+def into(path, function, *args):
     "Call with both outputs in a file."
     with open(path, 'w') as said:
         for stream in sys.stdout, sys.stderr: os.dup2(said.fileno(), stream.fileno())

@@ -158,10 +158,10 @@ def test_the_browser_test_can_fail(written, browser, fault):
 
 # --- under Voilà ---
 
-@each_explorer
-def test_is_a_page_of_its_own(pages, browser, path):
+@pytest.mark.parametrize('name', ['acr', 'smooth'])                             # files alone; work in the background
+def test_is_a_page_of_its_own(pages, browser, name):
     "No code, and the figure follows its slider."
-    with pages.page(browser, f'voila/render/{path.name}') as page:
+    with pages.page(browser, f'voila/render/{name}.ipynb') as page:
         lab.loaded(page, 180)
         assert 'explorer.view' not in page.inner_text('body')
         lab.press(page, 0, 'ArrowLeft', 30)

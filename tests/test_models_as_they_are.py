@@ -4,9 +4,8 @@ What is unambiguous is certified with the right votes, the rest is refused by na
 """
 import copy
 import gc
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from forked import SERVER, into
 from rs_toolkit import models
 from rs_toolkit.certify import certify, certify_dataset, predict, vote_stream
 from rs_toolkit.checkpoint import load as load_checkpoint
@@ -400,38 +400,38 @@ def test_a_plain_function_is_recognised_by_its_answers(tmp_path, net, x):
     with pytest.raises(ValueError, match='another setting .answers'):
         certify_dataset(lambda x: -net(x), x, LABELS, **settings)
 
-SLOW = '''
-import sys, time, torch
-from rs_toolkit.certify import certify, certify_dataset
-def slow(x):
-    time.sleep(.05)
-    print('called', flush=True)
-    return x.flatten(1)[:, :3]
-x = torch.rand(40, 1, 8, 8)
-log = sys.argv[1]
-if log == 'certify': certify(slow, x, .5, n=300)
-else: certify_dataset(slow, x, [0, 1] * 20, sigma=.5, n=300, log=None if log == 'none' else log, progress=False)
-'''
+def certify_slowly(log):
+    "Certify forty images, each look at them a line."
+    def slow(x):
+        time.sleep(.05)
+        print('called', flush=True)
+        return x.flatten(1)[:, :3]
+
+    x = torch.rand(40, 1, 8, 8)
+    if log == 'certify': certify(slow, x, .5, n=300)
+    else: certify_dataset(slow, x, [0, 1] * 20, sigma=.5, n=300, log=log, progress=False)
 
 @pytest.mark.parametrize('number, name, log, words', [
     (signal.SIGTERM, 'SIGTERM', 'log.tsv', 'of 40 images: the same call goes on from there'),
-    (signal.SIGTERM, 'SIGTERM', 'none', 'Nothing is kept: with log=PATH'),
+    (signal.SIGTERM, 'SIGTERM', None, 'Nothing is kept: with log=PATH'),
     (signal.SIGINT, 'Ctrl-C', 'log.tsv', 'of 40 images: the same call goes on from there'),
     (signal.SIGINT, 'Ctrl-C', 'certify', 'Nothing is kept'),
 ])
 def test_a_stopped_run_says_how_to_go_on(tmp_path, number, name, log, words):
-    env = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PATH': '/usr/bin:/bin'}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    child = subprocess.Popen([sys.executable, '-c', SLOW, log], cwd=tmp_path, env=env, **pipes)
-    for _ in range(30): child.stdout.readline()                     # the first looks at the function are over
-    child.send_signal(number)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode != 0
-    assert f'stopped by {name}. ' in said
-    assert words in said
+    said = tmp_path/'said'
+    said.touch()
+    path = tmp_path/log if log == 'log.tsv' else log
+    child = SERVER.Process(target=into, args=(said, certify_slowly, path))
+    child.start()
+    while said.read_text().count('called') < 30: time.sleep(.01)    # the first looks at the function are over
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode == 1
+    assert f'stopped by {name}. ' in said.read_text()
+    assert words in said.read_text()
     if log == 'log.tsv':
-        kept = len(read_log(tmp_path/'log.tsv'))
-        assert f'log.tsv holds {kept} of 40' in said
+        kept = len(read_log(path))
+        assert f'log.tsv holds {kept} of 40' in said.read_text()
 
 def test_the_shipped_certificates_come_out_again(tmp_path):
     shipped = read_log(ROOT/'data/digits-gaussian/certify.tsv')
