@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABSTAIN', 'PRECISIONS', 'ROUNDING', 'LARGEST_SIGMA', 'COIN', 'Certificate', 'Settings', 'count_votes', 'Plan',
-           'plan_of', 'followed', 'certificates', 'certify', 'vote_stream', 'noisy_copies', 'predict', 'top_class',
-           'certify_dataset']
+           'plan_of', 'followed', 'certify', 'vote_stream', 'noisy_copies', 'predict', 'top_class', 'certify_dataset']
 
 # %% ../nbs/05_certify.ipynb #3bdc61fa
 import copy
@@ -439,7 +438,7 @@ def _places(images, logits, settings):
     places = min(images, settings.rows_on(logits.device) + 1)
     return torch.zeros(places, 2, logits.shape[1], dtype=torch.int64, device=logits.device)
 
-def certificates(model, images, idx, settings, plan):
+def _certificates(model, images, idx, settings, plan):
     "Yields, image by image, its certificate."
     if plan.plain:
         for votes in count_votes(model, images, idx, settings):
@@ -493,7 +492,7 @@ def certify(
     _enough(settings, 1)
     with interruptible("Nothing is kept of what was begun; certify_dataset(..., log=PATH) keeps each finished image, "
                        "and goes on from there"):
-        found = list(certificates(model, images, idx, settings, plan))
+        found = list(_certificates(model, images, idx, settings, plan))
     return found[0] if single else found
 
 # %% ../nbs/05_certify.ipynb #fba4e54d
@@ -661,7 +660,7 @@ def _append(writer, model, images, labels, idx, settings, plan, watch, progress)
     right = 0
     shown = 0.
     started = time.perf_counter()
-    found = certificates(model, some_images(images, todo), [idx[row] for row in todo], settings, plan)
+    found = _certificates(model, some_images(images, todo), [idx[row] for row in todo], settings, plan)
     for number, (row, certificate) in enumerate(zip(todo, found), 1):
         now = time.perf_counter()
         writer.write(_row(certificate, int(labels[row])) | dict(idx=idx[row], data=data[idx[row]], time=now - started))
