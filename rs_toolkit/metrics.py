@@ -155,8 +155,8 @@ def recertify(
         raise ValueError("this log does not hold the votes (n_a, n_true, selected): "
                          "only logs of rs_toolkit can be certified again, others need their model")
     if 'procedure' in log:
-        raise ValueError(f"this log stopped each image by its count ({log.procedure.iloc[0]}), and such a count bounds "
-                         "nothing at another alpha or n: recertify a log of procedure='fixed', or certify again")
+        raise ValueError(f"this log was made by another procedure than fixed ({log.procedure.iloc[0]}). Where a count "
+                         "decided when to stop, it bounds nothing at another alpha or n: certify again")
     drawn = setting(log, 'n')
     alpha = check_alpha(setting(log, 'alpha') if alpha is None else alpha)
     n = drawn if n is None else check_samples(n)

@@ -1,4 +1,4 @@
-"""Certification that stops early: a prefix of the fixed samples, in any company, killed anywhere, as sure as promised."""
+"""Certification that stops early: a prefix of the fixed samples, in any company, killed anywhere, as sure as told."""
 import os
 import signal
 
@@ -53,8 +53,8 @@ def votes_of(idx, phase, size):
 def test_the_fixed_log_is_what_it_was(tmp_path):
     "The columns before there were procedures, and CERTIFY written out."
     header, *rows = logged(tmp_path/'log.tsv', 'fixed', n=250)
-    assert ' '.join(header) == ('idx label predict radius correct n_a n_true n0 n alpha sigma seed split precision device '
-                                'selected weights data answers')
+    assert ' '.join(header) == ('idx label predict radius correct n_a n_true n0 n alpha sigma seed split '
+                                'precision device selected weights data answers')
     for idx, (label, row) in enumerate(zip(LABELS, rows)):
         top = int(votes_of(idx, SELECTION, 100).argmax())
         votes = votes_of(idx, ESTIMATION, 250)
