@@ -96,7 +96,7 @@ def test_the_rule_that_was_asked_for_decides(kind):
 @every
 def test_batch_size_order_and_company_change_nothing(tmp_path, kind):
     header, *rows = logged(tmp_path/'log.tsv', kind)
-    for size in [7, 50, 200, 333, 100_000]:
+    for size in [50, 200, 333, 100_000]:
         assert logged(tmp_path/f'{size}.tsv', kind, batch_size=size) == [header, *rows], size
     order = np.random.default_rng(0).permutation(len(IMAGES)).tolist()
     labels = [LABELS[i] for i in order]
@@ -122,10 +122,10 @@ def test_batches_are_full(batch_size):
         sizes.append(len(x))
         return HALF(x)
 
-    images = IMAGES.repeat(40, 1, 1, 1)
+    images = IMAGES.repeat(15, 1, 1, 1)
     drawn = sum(c.n0 + c.n for c in certify(model, images, .5, n=N, batch_size=batch_size, procedure='sequential'))
     assert drawn <= sum(sizes) <= drawn + 3*batch_size + 20                       # and a look at the model
-    assert sizes.count(batch_size) * batch_size > .95*drawn
+    assert sizes.count(batch_size) * batch_size > .9*drawn
 
 
 # Kills
@@ -146,14 +146,16 @@ def killed(path, kind, after):
 
 @every
 def test_stopped_anywhere_and_gone_on_with(tmp_path, kind):
-    whole = logged(tmp_path/'whole.tsv', kind, model=lambda x: HALF(x))
+    def gone_on(path): return logged(path, kind, model=lambda x: HALF(x), n=1000)
+
+    whole = gone_on(tmp_path/'whole.tsv')
     rng = np.random.default_rng(0)
     lines = set()
-    for number, after in enumerate(rng.integers(1, 45, 12)):
+    for number, after in enumerate(rng.integers(1, 40, 10)):
         path = tmp_path/f'{number}.tsv'
-        with pytest.raises(KeyboardInterrupt): logged(path, kind, model=Killed(after, hard=False))
+        with pytest.raises(KeyboardInterrupt): logged(path, kind, model=Killed(after, hard=False), n=1000)
         lines.add(len(untimed(path)) if path.exists() else 0)
-        assert logged(path, kind, model=lambda x: HALF(x)) == whole
+        assert gone_on(path) == whole
     assert len(lines) > 2
 
 @pytest.mark.parametrize('kind', ['sequential', 'anytime', 'pilot'])
