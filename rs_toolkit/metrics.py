@@ -43,7 +43,7 @@ def why_no_acr(
     log:pd.DataFrame,  # a certification log
 )->str:                # the reason, and what to do; '' where its radii have a meaningful average
     "Why the radii of a log should not be averaged."
-    if 'n' not in log: return ''
+    if not len(log) or 'n' not in log: return ''
     log = spending(log)
     procedures = log.procedure.unique()
     if len(procedures) > 1:
