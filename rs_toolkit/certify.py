@@ -297,8 +297,8 @@ class Plan:
     def plain(self): return isinstance(self.procedure, Fixed) and not self.randomized
 
     def begin(self, count, settings, idx):
-        "Where an image stands whose class got `count` votes in the selection phase."
-        u = np.random.default_rng([settings.seed, idx, COIN]).random() if self.randomized else 1.
+        "Where images stand whose classes got `count` votes each in the selection phase."
+        u = [np.random.default_rng([settings.seed, i, COIN]).random() for i in idx] if self.randomized else 1.
         return self.procedure.begin(count, settings.phases[SELECTION], u)
 
     def __str__(self): return _named(self.procedure, u=0. if self.randomized else 1.)
@@ -340,6 +340,10 @@ class _UnderWay:
 
     @property
     def cell(self): return 2*self.slot + (self.phase == ESTIMATION)
+
+    def stand(self, at):
+        self.at = at
+        self.goal = int(at.wanted)
 
 # %% ../nbs/05_certify.ipynb #5e91a006
 class _Queue:
@@ -387,18 +391,30 @@ class _Queue:
         "Images whose samples to their next look have all been in a batch."
         return [one for one in self.under_way if one.drawn == one.goal and one.cell not in self.cells[:1]]
 
-    def look(self, one, votes, settings):
-        "Tell an image its votes [phase, k]; whether it has stopped."
-        if one.phase == SELECTION:
-            one.selected = int(votes[0].argmax())                                # ties go to the lowest class
-            one.at = self.plan.begin(int(votes[0].max()), settings, one.idx)
+    def look(self, due, votes, settings):
+        "Tell images their votes [images, phase, k]; the places in `due` of those that have stopped."
+        new = np.array([one.phase == SELECTION for one in due])
+        choosing = [one for one in due if one.phase == SELECTION]
+        counting = [one for one in due if one.phase == ESTIMATION]
+        if choosing: self._choose(choosing, votes[new, 0], settings)
+        if counting: self._count(counting, votes[~new, 1])
+        self.under_way = [one for one in self.under_way if one.at is None or one.at.stop == '']
+        return [place for place, one in enumerate(due) if one.at.stop != '']
+
+    def _choose(self, images, votes, settings):
+        "The classes for which images [images, k] voted in the selection phase; ties go to the lowest."
+        standings = self.plan.begin(votes.max(1), settings, [one.idx for one in images]).each
+        for one, selected, at in zip(images, votes.argmax(1), standings):
+            one.selected = int(selected)
             one.phase = ESTIMATION
             one.drawn = 0
-        else: one.at = self.plan.procedure.look(one.at, int(votes[1, one.selected]))
-        one.goal = int(one.at.wanted)
-        stopped = str(one.at.stop) != ''
-        if stopped: self.under_way.remove(one)
-        return stopped
+            one.stand(at)
+
+    def _count(self, images, votes):
+        "The votes [images, k] of the estimation phase so far."
+        count = votes[np.arange(len(images)), [one.selected for one in images]]
+        standings = self.plan.procedure.look(Standing.of(one.at for one in images), count).each
+        for one, at in zip(images, standings): one.stand(at)
 
 # %% ../nbs/05_certify.ipynb #5e91a008
 @torch.inference_mode()
@@ -424,9 +440,10 @@ def followed(
         due = queue.due()
         if not due: continue
         if not finite: raise _not_finite(due[0].idx, settings.precision)
-        for one, counts in zip(due, votes[[one.slot for one in due]].cpu().numpy()):
-            if not queue.look(one, counts, settings): continue
-            ended[one.position] = Certificate.from_standing(plan.procedure, one.at, counts, one.selected)
+        counts = votes[[one.slot for one in due]].cpu().numpy()
+        for place in queue.look(due, counts, settings):
+            one = due[place]
+            ended[one.position] = Certificate.from_standing(plan.procedure, one.at, counts[place], one.selected)
             votes[one.slot] = 0
         while turn in ended:
             yield ended.pop(turn)

@@ -222,7 +222,7 @@ def test_overclaims(kind, distance):
     args = dict(radii=[0, distance*(1 + 1e-6), 2*distance]) if kind in ('sequential', 'one radius') else ALL[kind]
     images = HALF.point_at(distance).expand(trials, *IMAGES.shape[1:])
     setting = asked(kind) | dict(procedure_args=args)
-    found = certify(HALF, images, .5, n0=20, n=400, alpha=alpha, seed=5, batch_size=5000, **setting)
+    found = certify(HALF, images, .5, n0=20, n=400, alpha=alpha, seed=5, batch_size=40_000, **setting)
     wrong = np.mean([c.radius > distance and c.prediction == 1 for c in found])
     print(f'{kind} at {distance}: {wrong:.2%} of {alpha:.0%}, {np.mean([c.n for c in found]):.0f} samples of 400')
     assert 0 < wrong <= alpha + 4*np.sqrt(alpha*(1 - alpha) / trials)
