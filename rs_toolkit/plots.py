@@ -21,7 +21,7 @@ from .catalogue import method_of
 from .common import document
 from .metrics import abstention_rate, average_certified_radius, certified_accuracy, credited_radii
 from .metrics import envelope as best_of
-from .metrics import p_a_survival, radii_grid
+from .metrics import p_a_survival, radii_grid, why_no_acr
 
 # %% ../nbs/07_plots.ipynb #65708b41
 def show_as_png(
@@ -241,8 +241,8 @@ def certifying(
 )->go.Figure:
     "Certified accuracy of the images done so far."
     if not len(log): return certified_accuracy_curve({}, f'0 of {total:,} images')
-    found = (f'{certified_accuracy(log, 0.):.0%} certified, ACR {average_certified_radius(log):.3f}, '
-             f'{abstention_rate(log):.0%} abstained')
+    acr = '' if why_no_acr(log) else f'ACR {average_certified_radius(log):.3f}, '
+    found = f'{certified_accuracy(log, 0.):.0%} certified, {acr}{abstention_rate(log):.0%} abstained'
     return certified_accuracy_curve({name: log}, f'{len(log):,} of {total:,} images: {found}')
 
 # %% ../nbs/07_plots.ipynb #42b2fffd

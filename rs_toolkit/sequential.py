@@ -238,6 +238,18 @@ class Standing:
     @property
     def missing(self): return self.wanted - self.n
 
+    @classmethod
+    def of(cls,
+        each,            # standings of one image each
+    ):
+        "Many images as one standing."
+        return cls(*map(np.array, zip(*(vars(at).values() for at in each))))
+
+    @property
+    def each(self):
+        "A standing for each of many images."
+        return [Standing(*values) for values in zip(*vars(self).values())]
+
 # %% ../nbs/00_sequential.ipynb #e0a362fb
 @dataclass
 class Procedure:
@@ -295,7 +307,7 @@ class Procedure:
                              f"those of earlier looks included: got {count} after {at.count} of {at.n}")
         n = at.wanted
         p_lower = at.p_lower.copy()
-        stop = at.stop.copy()
+        stop = at.stop.astype('<U9')                                  # room for each word of `STOPS`
         wanted = at.wanted.copy()
         live = stop == ''
         p_lower[live], stop[live] = self.judge(n[live], count[live], p_lower[live], at.u[live])

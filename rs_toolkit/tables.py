@@ -25,7 +25,8 @@ from .catalogue import METHODS, method_of
 from .common import data_folder, document, locate, unknown
 from .distribution import log_of
 from .log import read_log
-from .metrics import average_certified_radius, certified_accuracy, check_comparable, credited_radii, setting
+from .metrics import average_certified_radius, certified_accuracy, check_comparable, credited_radii
+from .metrics import setting, why_no_acr
 
 # %% ../nbs/15_tables.ipynb #d1703013
 def published_label(
@@ -134,7 +135,8 @@ def _read_repositories(path):
 
 # %% ../nbs/15_tables.ipynb #56636883
 FACTS = ['sigma', 'n', 'alpha', 'n0', 'split', 'method']      # what a log may be told
-BESIDE = ['seed', 'out', 'device', 'train_seconds', 'n0', 'n', 'alpha', 'every']  # what makes no other way to train
+BESIDE = ['seed', 'out', 'device', 'train_seconds', 'n0', 'n', 'alpha', 'every',
+          'procedure', 'procedure_args']                      # what makes no other way to train
 
 def run_name(
     parameters:dict,  # of the training, as config.json of the run holds them
@@ -302,8 +304,10 @@ def _rows_of(result):
         source='own run' if result.training else 'log', dataset=result.training.get('dataset', ''),
         method=result.method, sigma=result.sigma, images=result.log.idx.nunique(), cost=result.cost,
         exact=True, seeds=len(result.logs),
-        acr=average_certified_radius(result.log), acr_std=result.std(average_certified_radius),
+        acr=_acr(result.log), acr_std=result.std(_acr),
         radius=radii, certified_accuracy=accuracy(result.log), std=result.std(accuracy)))
+
+def _acr(log): return np.nan if why_no_acr(log) else average_certified_radius(log)
 
 # %% ../nbs/15_tables.ipynb #53557438
 def lines(
