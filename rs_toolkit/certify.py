@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from .bounds import certified_radius, lower_bound, min_samples, round_down, two_sided_p
 from .common import check_alpha, check_samples, check_sigma, document, interruptible, plain_number, unknown
 from .data import Items, check_images, check_labels, fingerprint, some_images
+from .exact_noise import distance, off_grid, on_grid, whole_chunk
 from .log import LogWriter, read_log
 from .models import (answers, check_model, device_of, exact_float32, for_any_number, frozen, is_scripted,
                                model_tensors, weights_hash)
@@ -161,6 +162,7 @@ class Settings:
     seed: int = 0              # of the noise
     batch_size: int = None     # noisy images per forward pass; None: what suits the device
     precision: str = 'float32' # of the forward pass
+    exact_noise: bool = False  # images and noise are rounded to a grid, and added without error (`01_exact_noise`)
 
     def __post_init__(self):
         for name, value in _plain(self).items(): object.__setattr__(self, name, value)
@@ -169,6 +171,18 @@ class Settings:
     def ends(self): return list(accumulate(self.phases.values()))    # of the phases, in rows of an image
     @property
     def per_image(self): return self.ends[-1]
+    @property
+    def noise(self): return _Exact(self.sigma) if self.exact_noise else _Usual(self.sigma)
+    @property
+    def numbers(self): return self.precision + ' exact'*self.exact_noise      # in words, for the log
+
+    def alpha_left(self, values):
+        "What is left of alpha for the votes on images of so many values."
+        spent = self.per_image*self.noise.distance(values)
+        if spent >= self.alpha:
+            raise ValueError(f"alpha={self.alpha:g} is less than what exact noise may be off by over {self.per_image} "
+                             f"samples of {values} values, {spent:.1g}: take fewer samples, or a larger alpha")
+        return self.alpha - spent
 
     def rows_on(self, device):
         "Noisy images per forward pass on a device."
@@ -188,7 +202,31 @@ def _plain(settings):
     given = settings.batch_size
     return dict(sigma=sigma, alpha=check_alpha(settings.alpha), seed=plain_number(settings.seed),
                 phases={phase: check_samples(size, names[phase]) for phase, size in settings.phases.items()},
+                exact_noise=bool(settings.exact_noise),
                 batch_size=None if given is None else check_samples(given, 'batch_size'))
+
+# %% ../nbs/05_certify.ipynb #57e5fbfa
+@dataclass(frozen=True)
+class _Usual:
+    "Drawn and added in float32."
+    sigma: float
+    dtype = torch.float32                                          # whatever the default type
+
+    def of(self, image): return image
+    def fill(self, out, *which): noise_chunk(out, *which)
+    def add(self, image, noise, out): torch.add(image, noise, alpha=self.sigma, out=out)
+    def distance(self, values): return 0.
+
+@dataclass(frozen=True)
+class _Exact:
+    "Drawn and added in steps of a grid."
+    sigma: float
+    dtype = torch.int64
+
+    def of(self, image): return on_grid(image)
+    def fill(self, out, *which): whole_chunk(out, self.sigma, *which)
+    def add(self, image, noise, out): out.copy_(off_grid(image + noise))
+    def distance(self, values): return distance(self.sigma, values)
 
 # %% ../nbs/05_certify.ipynb #3288195e
 def _whose(rows, settings, device):
@@ -203,12 +241,12 @@ def _whose(rows, settings, device):
 def _chunks(images, idx, settings, device):
     "Yields each image [H, W, C], again and again, with its next noise [at most CHUNK, H, W, C]."
     c, h, w = images.shape[1:]
-    noise = torch.empty(CHUNK, h, w, c, device=device, dtype=torch.float32)               # whatever the default type
+    noise = torch.empty(CHUNK, h, w, c, device=device, dtype=settings.noise.dtype)
     for position, i in enumerate(idx):
-        image = images[position].to(device).permute(1, 2, 0)
+        image = settings.noise.of(images[position].to(device)).permute(1, 2, 0)
         for phase, size in settings.phases.items():
             for start in range(0, size, CHUNK):
-                noise_chunk(noise, settings.seed, int(i), phase, start // CHUNK)
+                settings.noise.fill(noise, settings.seed, int(i), phase, start // CHUNK)
                 yield image, noise[:size - start]
 
 # %% ../nbs/05_certify.ipynb #b4bc1eba
@@ -226,7 +264,7 @@ def _noisy_batches(images, idx, settings, device, chunks=_chunks):
         while len(noise):
             part = noise[:size - filled]
             noise = noise[len(part):]
-            torch.add(image, part, alpha=settings.sigma, out=buffer[filled:filled + len(part)])
+            settings.noise.add(image, part, buffer[filled:filled + len(part)])
             filled += len(part)
             if filled == size:
                 yield buffer.permute(0, 3, 1, 2)
@@ -356,7 +394,7 @@ class _Queue:
     def chunks(self, images, idx, settings, device):
         "Yields an image [H, W, C] and its next noise; None, None where votes have to be counted first."
         c, h, w = images.shape[1:]
-        noise = torch.empty(CHUNK, h, w, c, device=device, dtype=torch.float32)
+        noise = torch.empty(CHUNK, h, w, c, device=device, dtype=settings.noise.dtype)
         coming = enumerate(idx)
         while True:
             one = next((one for one in self.under_way if one.drawn < one.goal), None)
@@ -370,14 +408,14 @@ class _Queue:
         if new is None: return None
         position, idx = new
         slot = min({*range(len(self.under_way) + 1)} - {one.slot for one in self.under_way})
-        image = images[position].to(device).permute(1, 2, 0)
+        image = settings.noise.of(images[position].to(device)).permute(1, 2, 0)
         self.under_way.append(_UnderWay(position, int(idx), slot, image, settings.phases[SELECTION]))
         return self.under_way[-1]
 
     def _draw(self, one, noise, settings):
         "The next chunk of an image's noise, as far as it is wanted."
         size = min(CHUNK, one.goal - one.drawn)
-        noise_chunk(noise, settings.seed, one.idx, one.phase, one.drawn // CHUNK)
+        settings.noise.fill(noise, settings.seed, one.idx, one.phase, one.drawn // CHUNK)
         one.drawn += size
         self.cells = np.append(self.cells, np.full(size, one.cell))
         return noise[:size]
@@ -458,9 +496,10 @@ def _places(images, logits, settings):
 def _certificates(model, images, idx, settings, plan):
     "Yields, image by image, its certificate."
     if plan.plain:
-        for votes in count_votes(model, images, idx, settings):
-            yield Certificate.from_counts(*votes, settings.sigma, settings.alpha)
-    else: yield from followed(model, images, idx, settings, plan)
+        counted = count_votes(model, images, idx, settings)
+        found = (Certificate.from_counts(*votes, settings.sigma, plan.procedure.alpha) for votes in counted)
+    else: found = followed(model, images, idx, settings, plan)
+    for certificate in found: yield replace(certificate, alpha=settings.alpha)      # of which the noise has a part
 
 # %% ../nbs/05_certify.ipynb #02987cfb
 def _as_batch(x, idx):
@@ -498,14 +537,16 @@ def certify(
     idx=None,            # data-set index of each image, which names its noise; default: position in the batch
     batch_size=None,     # noisy images per forward pass; 100 on a CPU, 1000 on a GPU
     precision='float32', # or bfloat16, float16: forward passes under autocast
+    exact_noise=False,   # for images of 8 bits: sound to the last bit, and slower (`01_exact_noise`)
     procedure='fixed',   # or sequential, anytime, pilot (`00_sequential`): each image draws what it needs, n at most
     procedure_args=None, # its options, such as dict(radii=[0, .25, .5]) or dict(tol=.05)
 )->Certificate:          # a list of them for a batch
     "Largest l2 radius around `x` in which the smoothed classifier provably keeps its prediction (Cohen et al., 2019)."
     images, idx, single = _as_batch(x, idx)
     settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
-                        batch_size=batch_size, precision=precision)
-    plan = plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION], settings.alpha)
+                        batch_size=batch_size, precision=precision, exact_noise=exact_noise)
+    plan = plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION],
+                   settings.alpha_left(math.prod(images.shape[1:])))
     _enough(settings, 1)
     with interruptible("Nothing is kept of what was begun; certify_dataset(..., log=PATH) keeps each finished image, "
                        "and goes on from there"):
@@ -525,13 +566,15 @@ def vote_stream(
     idx=None,            # data-set index of the image
     batch_size=None,     # as in `certify`
     precision='float32', # as in `certify`
+    exact_noise=False,   # as in `certify`
 ):                       # yields (SELECTION or ESTIMATION, classes int64 [b]), in the order in which they were drawn
     "The votes that `certify` counts, as they come in. What they promise before the last one: nothing."
     images, idx, single = _as_batch(x, idx)
     if not single:
         raise ValueError(f"votes are watched for one image [C, H, W], got shape {list(images.shape)}: "
                          "use certify for a batch")
-    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, seed=seed, batch_size=batch_size, precision=precision)
+    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, seed=seed,
+                        batch_size=batch_size, precision=precision, exact_noise=exact_noise)
     for rows, logits in _logits(model, images, idx, settings):
         if not logits.isfinite().all(): raise _not_finite(idx[0], precision)
         classes = logits.argmax(1).cpu().numpy()
@@ -547,10 +590,12 @@ def noisy_copies(
     *,
     seed=0,              # as in `certify`
     idx=None,            # as in `certify`
+    exact_noise=False,   # as in `certify`
 )->torch.Tensor:         # [count, C, H, W], not clipped to [0, 1]: this is what the network sees
     "The noisy copies behind the first votes for the bound."
     images, idx, _ = _as_batch(x, idx)
-    settings = Settings(sigma, {ESTIMATION: check_samples(count, 'count')}, seed=seed, batch_size=count)
+    settings = Settings(sigma, {ESTIMATION: check_samples(count, 'count')}, seed=seed,
+                        batch_size=count, exact_noise=exact_noise)
     [copies] = _noisy_batches(images[:1], idx, settings, images.device)
     return copies.clone()
 
@@ -566,12 +611,15 @@ def predict(
     idx=None,            # as in `certify`
     batch_size=None,     # as in `certify`
     precision='float32', # as in `certify`
+    exact_noise=False,   # as in `certify`
 )->int:                  # class or ABSTAIN; a list for a batch
     "Prediction of the smoothed classifier (PREDICT of Cohen et al., 2019)."
     images, idx, single = _as_batch(x, idx)
-    settings = Settings(sigma, {PREDICTION: n}, alpha=alpha, seed=seed, batch_size=batch_size, precision=precision)
+    settings = Settings(sigma, {PREDICTION: n}, alpha=alpha, seed=seed,
+                        batch_size=batch_size, precision=precision, exact_noise=exact_noise)
+    alpha = settings.alpha_left(math.prod(images.shape[1:]))
     _enough(settings, 2)
-    classes = [top_class(votes[0], settings.alpha) for votes in count_votes(model, images, idx, settings)]
+    classes = [top_class(votes[0], alpha) for votes in count_votes(model, images, idx, settings)]
     return classes[0] if single else classes
 
 # %% ../nbs/05_certify.ipynb #81406eb6
@@ -596,6 +644,7 @@ def certify_dataset(
     seed=0,              # as in `certify`
     batch_size=None,     # as in `certify`
     precision='float32', # as in `certify`
+    exact_noise=False,   # as in `certify`
     procedure='fixed',   # as in `certify`: belongs to the log, as `n` does
     procedure_args=None, # as in `certify`
     every=1,             # certify images 0, every, 2*every ... of the split: all classes, never a prefix
@@ -609,8 +658,9 @@ def certify_dataset(
     images, idx, _ = _as_batch(images, idx)
     images, labels, idx = _every(images, labels, idx, check_samples(every, 'every'))
     settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
-                        batch_size=batch_size, precision=precision)
-    plan = plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION], settings.alpha)
+                        batch_size=batch_size, precision=precision, exact_noise=exact_noise)
+    plan = plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION],
+                   settings.alpha_left(math.prod(images.shape[1:])))
     _enough(settings, 1)
     check_labels(labels, len(images), _look(model, images, labels, settings))
     setup = _setup(model, images, settings, split, plan)
@@ -645,7 +695,7 @@ def _setup(model, images, settings, split, plan):
     most = settings.phases[ESTIMATION]
     drawn = dict(n=most) if plan.plain else dict(budget=most, procedure=str(plan))
     return drawn | dict(n0=settings.phases[SELECTION], alpha=settings.alpha, sigma=settings.sigma, seed=settings.seed,
-                        precision=settings.precision, split=split, device=device.type, weights=weights, answers=said)
+                        precision=settings.numbers, split=split, device=device.type, weights=weights, answers=said)
 
 # %% ../nbs/05_certify.ipynb #462cae71
 def _look(model, images, labels, settings):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'SELECTION', 'ESTIMATION', 'PREDICTION', 'key_seed', 'fill_normal', 'gaussian_noise', 'NoLogits', 'as_logits',
-           'noisy_logits', 'noisy_cross_entropy', 'noise_chunk']
+           'noisy_logits', 'noisy_cross_entropy', 'chunk_counter', 'noise_chunk']
 
 # %% ../nbs/01_noise.ipynb #22770eb7
 from collections.abc import Mapping
@@ -110,6 +110,13 @@ def noisy_cross_entropy(
 CHUNK = 100                                  # samples drawn from one seed
 SELECTION, ESTIMATION, PREDICTION = range(3) # phases: their samples are never shared
 
+def chunk_counter(
+    phase:int,  # SELECTION, ESTIMATION or PREDICTION
+    chunk:int,  # samples 100 * chunk to 100 * chunk + 99
+)->int:
+    "Which stream of an image's key a chunk is."
+    return 3*chunk + phase
+
 def noise_chunk(
     out,        # [CHUNK, *image], contiguous float32, filled in place
     seed:int,   # of the run
@@ -118,7 +125,7 @@ def noise_chunk(
     chunk:int,  # samples 100 * chunk to 100 * chunk + 99
 ):              # `out`
     "One chunk of standard normal certification noise: a function of its arguments and the device type."
-    return fill_normal(out, seed, idx, counter=3*chunk + phase)
+    return fill_normal(out, seed, idx, counter=chunk_counter(phase, chunk))
 
 # %% ../nbs/01_noise.ipynb #9b850608
 document(__name__)
