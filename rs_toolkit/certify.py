@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .bounds import certified_radius, lower_bound, min_samples, round_down, two_sided_p
 from .common import check_alpha, check_samples, check_sigma, document, interruptible, plain_number, unknown
 from .data import Items, check_images, check_labels, fingerprint, some_images
-from .exact_noise import distance, off_grid, on_grid, whole_chunk
+from .exact_noise import off_grid, on_grid, total_variation, whole_chunk
 from .log import LogWriter, read_log
 from .models import (answers, check_model, device_of, exact_float32, for_any_number, frozen, is_scripted,
                                model_tensors, weights_hash)
@@ -226,7 +226,7 @@ class _Exact:
     def of(self, image): return on_grid(image)
     def fill(self, out, *which): whole_chunk(out, self.sigma, *which)
     def add(self, image, noise, out): out.copy_(off_grid(image + noise))
-    def distance(self, values): return distance(self.sigma, values)
+    def distance(self, values): return total_variation(self.sigma, values)
 
 # %% ../nbs/05_certify.ipynb #3288195e
 def _whose(rows, settings, device):

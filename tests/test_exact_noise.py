@@ -5,7 +5,7 @@ import torch
 
 from rs_toolkit.bounds import lower_bound
 from rs_toolkit.certify import ABSTAIN, certify, certify_dataset, noisy_copies, predict
-from rs_toolkit.exact_noise import STEPS, distance, noise_table, off_grid, on_grid, whole_chunk
+from rs_toolkit.exact_noise import STEPS, noise_table, total_variation, whole_chunk
 from rs_toolkit.log import read_log
 from rs_toolkit.noise import CHUNK, ESTIMATION, SELECTION
 
@@ -62,7 +62,7 @@ def test_votes_are_those_of_the_formula(images, batch_size):
 def test_what_the_table_may_be_off_by_is_taken_from_alpha(images):
     unanimous = lambda x: torch.stack([torch.ones(len(x)), torch.zeros(len(x))], 1)
     certificate = certify(unanimous, images[0], .5, n=1000, alpha=.001, exact_noise=True)
-    left = .001 - 1100*distance(.5, 16)
+    left = .001 - 1100*total_variation(.5, 16)
     assert certificate.p_a_lower == lower_bound(1000, 1000, left) < lower_bound(1000, 1000, .001)
     assert certificate.alpha == .001
     with pytest.raises(ValueError, match='take fewer samples, or a larger alpha'):
@@ -81,7 +81,7 @@ def test_the_table_is_the_normal_distribution(sigma):
             probability = float(upper - lower)
             drawn = int(table[k + reach]) - int(table[k + reach - 1])
             allowed = probability*(4 + float(k*step)**2)*2**-52 + 2**-62
-            if k == 0: allowed = distance(sigma, 1)                        # what is missing elsewhere
+            if k == 0: allowed = total_variation(sigma, 1)                        # what is missing elsewhere
             assert abs(drawn/2**63 - probability) < allowed, k
         assert 2*mpmath.ncdf(-(reach + mpmath.mpf(.5))*step) < 2**-63
 

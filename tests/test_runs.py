@@ -65,7 +65,8 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
                  epochs=3, batch_size=32, micro_batch=20, optimizer='adam', lr=.005, weight_decay=5e-4,
                  schedule='cosine', lr_drops=[2], lr_lag=1, augment='none', normalization='none', train_every=2,
                  seed=3, processes=1, device='cpu', precision='bfloat16',
-                 n0=50, n=300, alpha=.01, procedure='anytime', procedure_args=dict(tol=.5), every=60, out=str(folder))
+                 n0=50, n=300, alpha=.01, exact_noise=True, procedure='anytime', procedure_args=dict(tol=.5), every=60,
+                 out=str(folder))
     [parameters] = [c.source for c in nbformat.read(book, 4).cells if 'parameters' in c.metadata.get('tags', [])]
     announced = [line.split(':')[0] for line in parameters.splitlines()]
     assert announced == list(given), 'the test should pass every parameter'
@@ -74,7 +75,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
     log = read_log(folder/'certify.tsv')
     assert len(log) == 6
     settings = log[['n0', 'budget', 'alpha', 'sigma', 'seed', 'precision']].iloc[0].tolist()
-    assert settings == [50, 300, .01, .25, 3, 'bfloat16'] and log.procedure[0].startswith('anytime tol=0.5 ')
+    assert settings == [50, 300, .01, .25, 3, 'bfloat16 exact'] and log.procedure[0].startswith('anytime tol=0.5 ')
     assert len(pd.read_csv(folder/'history.csv')) == 3
     assert record(folder)['match'] == 'softmax' and record(folder)['arch_width'] == 32
     net = load(folder)                                                    # a width is an argument
