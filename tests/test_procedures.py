@@ -132,7 +132,10 @@ def test_batches_are_full(batch_size):
 
 class Killed:
     "A model that kills its process, or stops it as Ctrl-C would, at some call."
-    def __init__(self, after, hard): self.after, self.hard = after, hard
+    def __init__(self, after, hard):
+        self.after = after
+        self.hard = hard
+
     def __call__(self, x):
         self.after -= 1
         if self.after < 0 and self.hard: os.kill(os.getpid(), signal.SIGKILL)
