@@ -379,6 +379,9 @@ class _UnderWay:
     @property
     def cell(self): return 2*self.slot + (self.phase == ESTIMATION)
 
+    @property
+    def stopped(self): return self.at is not None and self.at.stop != ''
+
     def stand(self, at):
         self.at = at
         self.goal = int(at.wanted)
@@ -386,8 +389,7 @@ class _UnderWay:
 # %% ../nbs/05_certify.ipynb #5e91a006
 class _Queue:
     "Which noise comes next: of the oldest image that lacks samples to its next look, else of a new one."
-    def __init__(self, plan):
-        self.plan = plan
+    def __init__(self):
         self.under_way = []                  # oldest first
         self.cells = np.zeros(0, int)        # of the rows that were drawn, and are in no batch yet
 
@@ -429,30 +431,35 @@ class _Queue:
         "Images whose samples to their next look have all been in a batch."
         return [one for one in self.under_way if one.drawn == one.goal and one.cell not in self.cells[:1]]
 
-    def look(self, due, votes, settings):
-        "Tell images their votes [images, phase, k]; the places in `due` of those that have stopped."
-        new = np.array([one.phase == SELECTION for one in due])
-        choosing = [one for one in due if one.phase == SELECTION]
-        counting = [one for one in due if one.phase == ESTIMATION]
-        if choosing: self._choose(choosing, votes[new, 0], settings)
-        if counting: self._count(counting, votes[~new, 1])
-        self.under_way = [one for one in self.under_way if one.at is None or one.at.stop == '']
-        return [place for place, one in enumerate(due) if one.at.stop != '']
+    def leave(self):
+        "Images that have stopped go."
+        self.under_way = [one for one in self.under_way if not one.stopped]
 
-    def _choose(self, images, votes, settings):
-        "The classes for which images [images, k] voted in the selection phase; ties go to the lowest."
-        standings = self.plan.begin(votes.max(1), settings, [one.idx for one in images]).each
-        for one, selected, at in zip(images, votes.argmax(1), standings):
-            one.selected = int(selected)
-            one.phase = ESTIMATION
-            one.drawn = 0
-            one.stand(at)
+# %% ../nbs/05_certify.ipynb #5e91a020
+def _choose(plan, images, votes, settings):
+    "Tell images their votes [images, k] of the selection phase; ties go to the lowest class."
+    if not images: return
+    standings = plan.begin(votes.max(1), settings, [one.idx for one in images]).each
+    for one, selected, at in zip(images, votes.argmax(1), standings):
+        one.selected = int(selected)
+        one.phase = ESTIMATION
+        one.drawn = 0
+        one.stand(at)
 
-    def _count(self, images, votes):
-        "The votes [images, k] of the estimation phase so far."
-        count = votes[np.arange(len(images)), [one.selected for one in images]]
-        standings = self.plan.procedure.look(Standing.of(one.at for one in images), count).each
-        for one, at in zip(images, standings): one.stand(at)
+def _count(plan, images, votes):
+    "Tell images their votes [images, k] of the estimation phase so far."
+    if not images: return
+    count = votes[np.arange(len(images)), [one.selected for one in images]]
+    standings = plan.procedure.look(Standing.of(one.at for one in images), count).each
+    for one, at in zip(images, standings): one.stand(at)
+
+def _judge(plan, due, votes, settings):
+    "Tell images their votes [images, phase, k]."
+    new = np.array([one.phase == SELECTION for one in due])
+    choosing = [one for one in due if one.phase == SELECTION]
+    counting = [one for one in due if one.phase == ESTIMATION]
+    _choose(plan, choosing, votes[new, 0], settings)
+    _count(plan, counting, votes[~new, 1])
 
 # %% ../nbs/05_certify.ipynb #5e91a008
 @torch.inference_mode()
@@ -464,7 +471,7 @@ def followed(
     plan:Plan,
 ):                       # yields, image by image, a Certificate
     "Certificates of images that each take as many samples as the plan wants, from one stream of full batches."
-    queue = _Queue(plan)
+    queue = _Queue()
     votes = None
     finite = True
     ended = {}           # position -> certificate of images that stopped before one that came earlier
@@ -479,9 +486,11 @@ def followed(
         if not due: continue
         if not finite: raise _not_finite(due[0].idx, settings.precision)
         counts = votes[[one.slot for one in due]].cpu().numpy()
-        for place in queue.look(due, counts, settings):
-            one = due[place]
-            ended[one.position] = Certificate.from_standing(plan.procedure, one.at, counts[place], one.selected)
+        _judge(plan, due, counts, settings)
+        queue.leave()
+        for one, its_votes in zip(due, counts):
+            if not one.stopped: continue
+            ended[one.position] = Certificate.from_standing(plan.procedure, one.at, its_votes, one.selected)
             votes[one.slot] = 0
         while turn in ended:
             yield ended.pop(turn)

@@ -127,7 +127,7 @@ def test_compare(tmp_path, teacher):
 
 def test_benchmark(tmp_path):
     succeed('benchmark', tmp_path, archs=['cifar_resnet20'], samples=[100], batches=[50], images=16, rounds=2,
-            methods=['crt, equal teacher'])
+            methods=['crt, equal teacher'], budget=2000, logs=['digits-gaussian'], certified=3)
     refused = mill('benchmark', tmp_path, archs=['cifar_resnet20'], rounds=1)
     assert refused.returncode == 1 and 'at least two rounds' in refused.stderr
 
