@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAB', 'unknown', 'named', 'plain_number', 'check_sigma', 'check_alpha', 'check_samples', 'check_number',
-           'project_folder', 'run_folder', 'package_folder', 'data_folder', 'locate', 'saving', 'write_file', 'hold',
-           'same_answers', 'interruptible', 'document']
+           'project_folder', 'run_folder', 'package_folder', 'data_folder', 'locate', 'saving', 'write_file', 'Held',
+           'hold', 'same_answers', 'interruptible', 'document']
 
 # %% ../nbs/00_common.ipynb #f4493124
 import ast
@@ -177,6 +177,8 @@ def write_file(
         os.replace(part, path)
 
 # %% ../nbs/00_common.ipynb #c722527c
+class Held(RuntimeError): "Another process writes there."
+
 def hold(
     path,      # file or folder that is going to be written
 )->FileLock:   # until `.release()`, or the end of this process
@@ -188,8 +190,8 @@ def hold(
         path.parent.mkdir(parents=True, exist_ok=True)
         try: lock.acquire()
         except Timeout:
-            raise RuntimeError(f"{path} is being written by {place.read_text().strip() or 'another process'}: "
-                               "wait until it is done, stop it, or choose another place") from None
+            raise Held(f"{path} is being written by {place.read_text().strip() or 'another process'}: "
+                       "wait until it is done, stop it, or choose another place") from None
         place.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}\n")
     return lock
 

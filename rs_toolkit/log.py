@@ -279,7 +279,17 @@ class LogWriter:
         if row['idx'] in self.done:
             raise ValueError(f"idx {row['idx']} is already in {self.path}: skip the images in `done`")
         values = row | self.setup
-        line = _line([_text(name, values[name]) for name in self.columns]).encode()
+        self._append({name: _text(name, values[name]) for name in self.columns})
+
+    def take(self,
+        part,      # path of another log of this setup
+    ):
+        "Append what is in it, but for images that are in this log."
+        for row in _earlier_rows(Path(part), self.setup):
+            if int(row['idx']) not in self.done: self._append(row)
+
+    def _append(self, row):
+        line = _line(row.get(name, '') for name in self.columns).encode()
         with saving(self.path):
             while line: line = line[self.file.write(line):]
         self.done[int(row['idx'])] = row['data']
