@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from rs_toolkit import run
+from rs_toolkit.certify import certify_dataset
 from rs_toolkit.checkpoint import load
 from rs_toolkit.common import same_answers
+from rs_toolkit.data import load as load_data
 from rs_toolkit.log import read_log
 from rs_toolkit.models import build
 
@@ -246,18 +248,26 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(tmp_path):
     assert not [o for c in cells for o in c.get('outputs', []) if o.output_type == 'error']
     assert len(read_log(tmp_path/'certify.tsv')) == record(tmp_path)['images'] == 9
 
-def test_processes_of_one_run_share_its_folder(tmp_path):
-    "And its teacher, which they train first."
-    words = command('train', tmp_path, out=str(tmp_path), processes=2, device='cpu', arch='small_cnn', method='crt',
-                    teacher='mlp', **QUICK)
+def by_two_processes(book, folder, **parameters):
+    words = command(book, folder, out=str(folder), device='cpu', **parameters)
     words = ' '.join(shlex.quote(word) for word in words).replace('executed.ipynb', 'executed.$RANK.ipynb')
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     done = subprocess.run([*torchrun, '--no-python', 'bash', '-c', words], cwd=ROOT,
-                          env=ENV | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+                          env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert record(tmp_path)['images'] == 9
-    assert {p.name for p in tmp_path.glob('*.ipynb')} == {'executed.0.ipynb', 'executed.1.ipynb'}
-    assert load(tmp_path/'teacher').metadata['method'] == 'gaussian'
+    assert {p.name for p in folder.glob('*.ipynb')} == {'executed.0.ipynb', 'executed.1.ipynb'}
+
+def test_processes_of_one_run_share_its_folder(tmp_path):
+    "And its teacher, which they train first, and the images that they certify."
+    both = tmp_path/'both'
+    by_two_processes('train', both, processes=2, arch='small_cnn', method='crt', teacher='mlp', **QUICK)
+    assert record(both)['images'] == 9
+    assert load(both/'teacher').metadata['method'] == 'gaussian'
+    again = tmp_path/'again'
+    by_two_processes('certify', again, checkpoint=str(both), every=4, n=300)
+    log = read_log(again/'certify.tsv').drop(columns=['time', 'answers'])
+    alone = certify_dataset(load(both), *load_data('digits', 'test'), sigma=log.sigma[0], every=4, n=300)
+    pd.testing.assert_frame_equal(log, alone.drop(columns=['time', 'answers']))
 
 # --- the code that was run ---
 
