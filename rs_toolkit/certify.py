@@ -128,13 +128,30 @@ def _as_named(model, x, precision):
 # %% ../nbs/05_certify.ipynb #ade4e81e
 ROUNDING = {'float32': .001, 'float16': .005, 'bfloat16': .03}      # of the largest logit
 
+# %% ../nbs/05_certify.ipynb #d48990c7
+class _InParts:
+    "A function of a batch, with as many images at a time as there is memory for."
+    def __init__(self, run):
+        self.run = run
+        self.most = None     # images at a time; None: all
+
+    def __call__(self, x):
+        while True:
+            size = self.most or len(x)
+            try: return torch.cat([self.run(part) for part in x.split(size)])
+            except torch.OutOfMemoryError:
+                if size == 1: raise
+            self.most = size // 2
+            warnings.warn(f"no memory left on {x.device} for {size} noisy images at a time: going on with {self.most}. "
+                          f"batch_size={self.most} says so from the start", stacklevel=2)
+
 # %% ../nbs/05_certify.ipynb #1102f095
 def _prepare(model, images, settings, total):
     "The function that will be run on `total` noisy copies of `images`, at most `batch_size` of them at a time."
     batch_size = settings.rows_on(images.device)
     size = min(batch_size, total)
     x = _noisy(images, settings.sigma, -(-size // len(images)))[:size]
-    run = for_any_number(_as_named(model, x[:8], settings.precision), x, batch_size)
+    run = _InParts(for_any_number(_as_named(model, x[:8], settings.precision), x, batch_size))
     together = check_model(run, x)
     largest = ROUNDING[settings.precision] * together.abs().max()
     if (run(x[:1]) - together[:1]).abs().max() > largest:

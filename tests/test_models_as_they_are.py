@@ -442,3 +442,21 @@ def test_the_shipped_certificates_come_out_again(tmp_path):
                             every=90, progress=False).set_index('idx')
     columns = ['label', 'predict', 'radius', 'correct', 'n_a', 'n_true', 'selected', 'weights', 'data']
     pd.testing.assert_frame_equal(again[columns], shipped.set_index('idx').loc[again.index, columns])
+
+def test_a_batch_without_memory_is_taken_in_halves():
+    "The same votes, and a word."
+    torch.manual_seed(0)
+    images = torch.rand(3, 1, 8, 8)
+    model = build('mlp', 4, 1, 8).eval()
+    sizes = []
+    def small(x):
+        if len(x) > 30: raise torch.OutOfMemoryError('CUDA out of memory')
+        sizes.append(len(x))
+        return model(x)
+    given = dict(n=300, batch_size=100)
+    with pytest.warns(UserWarning, match='no memory left on cpu for 50 noisy images at a time: going on with 25'):
+        found = certify(small, images, .25, **given)
+    assert found == certify(model, images, .25, **given)
+    assert max(sizes) == 25
+    def none(x): raise torch.OutOfMemoryError('CUDA out of memory')
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError): certify(none, images, .25, **given)
