@@ -143,7 +143,7 @@ def test_all_controls_together():
     move(e, **SequentialExplorer(n=10_000).values)
     check_sequential(e)
 
-@pytest.mark.parametrize('n', [1000., 10_000.])
+@pytest.mark.parametrize('n', [1000, 10_000])
 @pytest.mark.parametrize('alpha', [1e-6, .1])
 def test_corners(n, alpha):
     "Nothing overflows, from an image without a radius to one that is unanimous, and for radii out of reach."
@@ -179,7 +179,7 @@ def test_it_happens():
         assert ('It happened.' in e.words.value) == said[-1]
     assert 2 < sum(said) < 10
 
-CLAMPED = [('n', 1e9, 1e5), ('n', 1, 1000), ('alpha', 2, .1), ('alpha', 0, 1e-6), ('seed', -1, 0), ('seed', 10**6, 99),
+CLAMPED = [('alpha', 2, .1), ('alpha', 0, 1e-6), ('seed', -1, 0), ('seed', 10**6, 99),
            ('tol', 0, .01), ('tol', 9, .3)]
 
 def test_controls_clamp():
