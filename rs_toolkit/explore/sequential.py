@@ -237,7 +237,7 @@ def votes_traces(s:Case)->dict:
         'hope': broken(n, table.hope, s.sigma),
         'hope r': dict(x=n, y=as_radius(one.hope[:, 0], n, s.sigma)),
         'asked': dict(x=[100, s.n], y=[s.radius] * 2, text=['', f'{SPACE}r = {s.radius:.3g}']),
-        'legend': dict(x=[np.sqrt(100 * s.n)], y=[-.5*s.sigma], text=['solid: certified · dotted: given up']),
+        'legend': dict(x=[np.sqrt(100 * s.n)], y=[4.35*s.sigma], text=['solid: certified · dotted: given up']),
         'votes': dict(x=n, y=as_radius(s.counts, n, s.sigma)),
         'stops': dict(x=where, y=np.where(where > 0, share, np.nan)),
     }
@@ -260,7 +260,7 @@ def risk_traces(s:Case)->dict:
     "How often an image that has just the radius in question gets a larger one."
     risks = s.question.risks
     floor = floor_of(s)
-    drawn = {f'risk, {name}': dict(x=s.looks, y=chance) for name, chance in risks.items()}
+    drawn = {f'risk, {name}': dict(x=s.looks, y=np.where(chance > 0, chance, np.nan)) for name, chance in risks.items()}
     ends = {'peeking': risks['peeking'][-1], 'α': s.alpha, 'sequential': risks['sequential'][-1],
             'anytime': risks['anytime'][-1]}
     heights = np.log10(np.maximum(list(ends.values()), 10**floor))
@@ -325,7 +325,7 @@ def sequential_figure(s:Case=None)->go.Figure:
     fig.update_yaxes(type='log', tickvals=chances, ticktext=[f'{100*chance:g} %' for chance in chances], row=1, col=2)
     fig.update_yaxes(tickvals=[*range(len(COLOURS))], range=[-.6, len(COLOURS) - .4], zeroline=False, row=2, col=1)
     fig.update_traces(hovertemplate='%{y:.2g} at %{x:,} votes')
-    return common_look(fig, height=550, margin=dict(l=125, r=130, t=35, b=50)).update_layout(sequential_layout(s))
+    return common_look(fig, height=550, margin=dict(l=125, r=145, t=35, b=50)).update_layout(sequential_layout(s))
 
 # %% ../../nbs/explore/sequential.ipynb #a1bd4b22
 OPENING = 'Gaussian m=1 (CIFAR-10 (JPEG copy))'
