@@ -34,11 +34,13 @@ def schedule(
 # %% ../nbs/00_sequential.ipynb #8b630de0
 def _binomial(n, p, drop):
     "Chances of the counts of `n` votes as (lowest count, chances), without tails of at most `drop` each."
-    k = np.arange(n + 1)
+    reach = 12*np.sqrt(n*p*(1 - p)) + 60                          # beyond it less than 1e-30
+    first = max(0, int(n*p - reach))
+    k = np.arange(first, min(n, int(n*p + reach)) + 1)
     chance = np.exp(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + k*np.log(p) + (n - k)*np.log1p(-p))
     low = np.searchsorted(chance.cumsum(), drop, 'right')
     high = np.searchsorted(chance[::-1].cumsum(), drop, 'right')
-    return low, chance[low:n + 1 - high]
+    return first + low, chance[low:len(k) - high]
 
 def _draw(low, chance, n, p, drop):
     "Counts from `low` on and their chances, after `n` more votes."
@@ -412,7 +414,7 @@ class Anytime(Procedure):
 
     @cached_property
     def hope(self):
-        majority = fewest(lambda k: anytime_bound(k, self.n, self.alpha) >= .5, self.n)
+        majority = fewest(lambda k: log_wealth(k, self.n, .5) >= -np.log(self.alpha) + 1e-9, self.n)
         return hope_thresholds(majority[None], self.looks, self.z)[:, 0]
 
     def judge(self, n, count, p_lower, u):

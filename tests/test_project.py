@@ -191,7 +191,7 @@ assert 'Arguments' not in lower_bound.__doc__
     (['catalogue', 'command'], ['torch', 'plotly', 'ipywidgets']),
     (['bounds', 'sequential', 'log', 'metrics'], ['torch']),
     (['certify', 'train', 'checkpoint'], ['plotly', 'ipywidgets']),
-    (['explore.radius', 'explore.p_a', 'explore.acr', 'explore.methods'], ['torch'])])
+    (['explore.radius', 'explore.sequential', 'explore.p_a', 'explore.acr', 'explore.methods'], ['torch'])])
 def test_imports_stay_light(modules, banned):
     names = ', '.join(f'rs_toolkit.{module}' for module in modules)
     loaded = run(sys.executable, '-c', f"import sys, {names}; print(*sys.modules)").split()
