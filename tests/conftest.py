@@ -17,7 +17,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.fixture(scope='session', autouse=True)
 def kernels():
-    "What reads the environment from now on forks its kernels; kernels of the usual kind are those of `test_runs.start`."
+    "Whoever reads the environment from now on forks its kernels; `test_runs.start` has kernels of the usual kind."
     with forked_kernels() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv('JUPYTER_PATH', folder, prepend=os.pathsep)
         yield

@@ -32,7 +32,8 @@ def stand_in(address, *argv):
         connection.sendall(asked.encode() + b'\n')
         answers = connection.makefile()
         kernel = int(answers.readline())
-        for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, lambda number, _: os.kill(kernel, number))
+        def pass_on(number, _): os.kill(kernel, number)
+        for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, pass_on)
         status = int(answers.readline())
     if status < 0:                                                        # ended by a signal: so are we
         signal.signal(-status, signal.SIG_DFL)
