@@ -234,9 +234,11 @@ def check_terms(
 # %% ../nbs/10_train.ipynb #b61c01d0
 def _epoch(
     model, method, opt,  # network, what to minimise, optimizer
-    data,                # of `batches`
+    data,                # function without arguments -> `batches`
     *,
     epoch:int,           # from 0
+    steps:int,           # of the epoch
+    clip:float,          # largest norm of the gradient; None: any
     precision:str,       # key of `PRECISIONS`
     micro_batch:int,     # images per forward pass
     bar,                 # progress, in images
@@ -246,7 +248,8 @@ def _epoch(
     learnt = False
     model.train()
     method.start_epoch(epoch)
-    for x, y, index, size in data:
+    for step, (x, y, index, size) in enumerate(data()):
+        method.start_step(step, steps)
         opt.zero_grad()
         autocast = torch.autocast(x.device.type, PRECISIONS[precision], enabled=precision != 'float32')
         for start in range(0, len(x), micro_batch):         # no piece, where a process has no share of the last batch
@@ -258,11 +261,13 @@ def _epoch(
             if loss.requires_grad: loss.backward()
             for name, term in terms.items(): sums[name] = sums.get(name, 0) + term.detach() * images
         if share_gradients(model.parameters()):
+            if clip is not None: torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             opt.step()
             learnt = True
         with autocast: method.after_step(model, x, y, index)
         bar.update(size)
     sums = {name: float(total(value)) for name, value in sums.items()}
+    method.end_epoch(model, data)
     share_statistics(model)
     _check_epoch(sums, learnt, epoch, type(method).__name__)
     return sums
@@ -289,6 +294,7 @@ def fit(
     batch_size=64,       # images per optimizer step, of all processes together
     lr=.1,               # learning rate, at the start
     weight_decay=1e-4,   # of every weight
+    clip=None,           # largest norm of the gradient of a step, to which a longer one is cut; None: any
     schedule='step',     # step or cosine
     lr_drops=None,       # of `lr_schedule`
     lr_lag=0,            # of `lr_schedule`
@@ -311,6 +317,8 @@ def fit(
     micro_batch = None if micro_batch is None else check_samples(micro_batch, 'micro_batch')
     lr = check_number(lr, 'lr')
     weight_decay = plain_number(weight_decay)
+    clip = None if clip is None else check_number(clip, 'clip')
+    if clip == 0: raise ValueError("clip=0 would stop every step: give a positive norm, or None for no limit")
     if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
     if optimizer not in OPTIMIZERS: raise unknown('optimizer', optimizer, OPTIMIZERS)
     _check_learner(model, method)
@@ -326,6 +334,7 @@ def fit(
     if isinstance(images, torch.Tensor): images = images.to(device)                  # a stream stays where it is
     with torch.no_grad(), frozen(model): logits = check_model(model, images[:2].to(device))
     check_labels(labels, len(images), logits.shape[1])
+    method.meet(model, images[:2].to(device))
     opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay)
     scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag)
 
@@ -340,7 +349,7 @@ def fit(
         ramp = [method.strength_at(epoch) for epoch in range(epochs)]
         shapes = str([list(p.shape) for p in model.parameters()])
         setup = dict(method=method, ramp=ramp, curriculum=curriculum, epochs=epochs, batch_size=batch_size,
-                     micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
+                     micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip,
                      schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, order_seed=seed, device=device.type,
                      precision=precision, augment=augment, shapes=shapes, data=fingerprint([images, labels]))
         setup = {name: describe(value) for name, value in setup.items()}
@@ -356,9 +365,9 @@ def fit(
             started = time.perf_counter()
             row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
             weights = curriculum(model, (images, labels), epoch, augment, world) if curriculum else None
-            shuffled = batches(images, labels, batch_size, seed, epoch, augment, weights, world)
-            sums = _epoch(model, method, opt, shuffled, epoch=epoch, precision=precision,
-                          micro_batch=micro_batch or batch_size, bar=bar)
+            shuffled = partial(batches, images, labels, batch_size, seed, epoch, augment, weights, world)
+            sums = _epoch(model, method, opt, shuffled, epoch=epoch, steps=-(-size // batch_size), clip=clip,
+                          precision=precision, micro_batch=micro_batch or batch_size, bar=bar)
             scheduler.step()
             row |= {name: value / size for name, value in sums.items()}
             if test: row |= _measured(model, method.sigma, *test)
@@ -373,8 +382,9 @@ def fit(
 def _measured(model, sigma, images, labels):
     "Accuracy on at most 1,000 of the images, spread over all."
     few = slice(None, None, -(-len(labels) // 1000))
-    return dict(clean_accuracy=accuracy(model, images[few], labels[few]),
-                noisy_accuracy=accuracy(model, images[few], labels[few], sigma=sigma))
+    measured = dict(clean_accuracy=accuracy(model, images[few], labels[few]))
+    if sigma: measured['noisy_accuracy'] = accuracy(model, images[few], labels[few], sigma=sigma)
+    return measured
 
 # %% ../nbs/10_train.ipynb #b23edfad
 document(__name__)
