@@ -540,7 +540,8 @@ class CROWNIBP(Certified):
     def losses(self, view):
         bounds = view.bounds
         if view.boxes is not None and view.progress < 1:
-            with exactly(view.x.device): linear = crown.margins(view.steps, view.boxes, view.y, statistics=view.worst.statistics)
+            with exactly(view.x.device):
+                linear = crown.margins(view.steps, view.boxes, view.y, statistics=view.worst.statistics)
             bounds = torch.lerp(linear, bounds, view.progress)
         return {'robust': surprise(bounds, view.y).mean()}
 
