@@ -208,13 +208,14 @@ def training_curves(
     history:pd.DataFrame,  # a row per epoch, as `fit` returns it
     title='',              # the finding
 )->go.Figure:
-    "Loss terms, and clean and noisy accuracy, by epoch."
+    "Loss terms, and clean and noisy accuracy as far as they were measured, by epoch."
     terms = [column for column in history if column not in MEASURED]
     last = history.epoch.iloc[-1] + 1
     fig = make_subplots(1, 2, horizontal_spacing=.2)
     tallest = np.ptp([0, *history[terms].to_numpy(float).ravel()])
     _add_panel(fig, history, dict(zip(terms, OTHER_COLOURS)), height=tallest, col=1)
-    _add_panel(fig, history, {'clean_accuracy': '#0072B2', 'noisy_accuracy': '#D55E00'}, height=1, col=2)
+    accuracies = {'clean_accuracy': '#0072B2', 'noisy_accuracy': '#D55E00'}
+    _add_panel(fig, history, {name: c for name, c in accuracies.items() if name in history}, height=1, col=2)
     drops = history.epoch[history.lr.diff() < 0]
     if len(drops) < 6:
         for epoch in drops: fig.add_vline(epoch + .5, line=dict(color='#bbbbbb', width=1, dash='dot'), layer='below')

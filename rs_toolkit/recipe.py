@@ -361,8 +361,8 @@ def run_record(
     record = {name: value for name, value in config.items() if name not in PREFIXES} | results(log, radii)
     for mapping, prefix in PREFIXES.items():
         record |= {prefix + name: value for name, value in config[mapping].items()}
-    return record | dict(clean_accuracy=history.clean_accuracy.iloc[-1], noisy_accuracy=history.noisy_accuracy.iloc[-1],
-                         train_seconds=history.seconds.sum())
+    record |= {name: history[name].iloc[-1] for name in ('clean_accuracy', 'noisy_accuracy') if name in history}
+    return record | dict(train_seconds=history.seconds.sum())
 
 # %% ../nbs/13_recipe.ipynb #76a3356e
 document(__name__)

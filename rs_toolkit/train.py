@@ -77,11 +77,13 @@ def lr_schedule(
     epochs:int,     # length of the run
     lr_drops=None,  # step: epochs, or parts of the run, that start with a tenth of the rate; default: at 1/3 and 2/3
     lr_lag=0,       # epochs by which every drop comes late; 1 imitates the published code of Jeong et al.
+    lr_factor=.1,   # what a drop multiplies the rate by
 ):                  # torch scheduler, stepped once per epoch
     "Step decay exactly at the named epochs, or cosine decay to 0."
     if schedule not in SCHEDULES: raise unknown('schedule', schedule, SCHEDULES)
     if schedule == 'cosine': return torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs)
-    return torch.optim.lr_scheduler.MultiStepLR(opt, drop_epochs(epochs, lr_drops, lr_lag))
+    lr_factor = check_number(lr_factor, 'lr_factor', 0, 1)
+    return torch.optim.lr_scheduler.MultiStepLR(opt, drop_epochs(epochs, lr_drops, lr_lag), lr_factor)
 
 # %% ../nbs/10_train.ipynb #d795707b
 def check_run(
@@ -298,6 +300,7 @@ def fit(
     schedule='step',     # step or cosine
     lr_drops=None,       # of `lr_schedule`
     lr_lag=0,            # of `lr_schedule`
+    lr_factor=.1,        # of `lr_schedule`
     optimizer='sgd',     # sgd (momentum .9) or adam
     precision='float32', # or bfloat16: forward passes under autocast, losses in float32
     micro_batch=None,    # images per forward pass, where a batch does not fit; batch-norm then sees that many at a time
@@ -336,7 +339,7 @@ def fit(
     check_labels(labels, len(images), logits.shape[1])
     method.meet(model, images[:2].to(device))
     opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay)
-    scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag)
+    scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag, lr_factor)
 
     parts = dict(model=model, method=method, optimizer=opt, scheduler=scheduler)
     if curriculum: parts['curriculum'] = curriculum
@@ -350,8 +353,8 @@ def fit(
         shapes = str([list(p.shape) for p in model.parameters()])
         setup = dict(method=method, ramp=ramp, curriculum=curriculum, epochs=epochs, batch_size=batch_size,
                      micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip,
-                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, order_seed=seed, device=device.type,
-                     precision=precision, augment=augment, shapes=shapes, data=fingerprint([images, labels]))
+                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, lr_factor=lr_factor, order_seed=seed,
+                     device=device.type, precision=precision, augment=augment, shapes=shapes, data=fingerprint([images, labels]))
         setup = {name: describe(value) for name, value in setup.items()}
         history = _go_on(resume, parts, setup, said)
     share_weights([*model_tensors(model), *model_tensors(method)])

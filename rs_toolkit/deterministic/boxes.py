@@ -300,12 +300,13 @@ def propagate(
     steps,            # of `read`
     box,              # of the images
     statistics=None,  # of `fixed`: which statistics batch-norms take; None: the running ones
+    rules=RULES,      # type of layer -> its rule; others than these prove nothing
 )->list:              # a box for each step, the image's first; gradients flow
     "The boxes of all layers."
     boxes = [box]
     for step in steps[1:]:
         layer = fixed(step.layer, box.lower, statistics)
-        rule = RULES[entry(layer, RULES)]
+        rule = rules[entry(layer, rules)]
         boxes.append(rule(layer, *(boxes[i] for i in step.inputs)))
     return boxes
 
