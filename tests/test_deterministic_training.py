@@ -160,3 +160,17 @@ def test_the_warm_up_term_is_finite_for_a_box_without_width():
     value = warm_up_term(steps, boxes)
     value.backward()
     assert value.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+@pytest.mark.parametrize('bn', ['adv', 'clean'])
+def test_bounds_are_float32_whatever_the_network_computes_in(bn):
+    method = Seen(.1, bn=bn)
+    model = network()
+    model.train()
+    with torch.autocast('cpu', torch.bfloat16):
+        method(model, X[:20], Y[:20], torch.arange(20))
+        view = method._view
+        assert view.bounds.dtype == view.features.lower.dtype == view.leads.dtype == torch.float32
+        found = view.bounds
+    torch.testing.assert_close(found, view.bounds, rtol=0, atol=0)
+    history = fit(network(), CCDist(.1, network(1), bn=bn), (X, Y), 2, precision='bfloat16', lr=1e-3, progress=False)
+    assert history.notna().all(axis=None)

@@ -348,10 +348,12 @@ class View:
         return self.boxes[self.steps[-1].inputs[0]]
 
     @property
-    def bounds(self): return margins(self.steps[-1].layer, self.features, self.y)      # lower, of margins [b, k]
+    def bounds(self):
+        "Lower bounds of the margins [b, k]."
+        with exactly(self.y.device): return margins(self.steps[-1].layer, self.features, self.y)
 
     @property
-    def leads(self): return leads(self.worst.logits, self.y)                           # margins at the worst points
+    def leads(self): return leads(self.worst.logits, self.y)        # margins at the worst points [b, k]
 
 # %% ../../nbs/deterministic/training.ipynb #843fee49
 BATCH_STATISTICS = ('adv', 'clean')
