@@ -122,7 +122,9 @@ CALLED = ['train.fit', 'certify.certify', 'certify.certify_dataset', 'certify.pr
           'attacks.smoothed_pgd', 'attacks.ddn', 'attacks.sphere_attack',
           'methods.core.Method', 'methods.gaussian.Gaussian', 'methods.stability.Stability', 'methods.macer.MACER',
           'methods.consistency.Consistency', 'methods.smoothmix.SmoothMix', 'methods.catrs.CATRS',
-          'methods.sodm.SODM', 'methods.crt.CRT']
+          'methods.sodm.SODM', 'methods.crt.CRT',
+          *(f'deterministic.training.{name}' for name in (
+              'Adversarial', 'NFGSM', 'IBP', 'CCIBP', 'MTLIBP', 'ExpIBP', 'SABR', 'CROWNIBP', 'CCDist', 'ADCert'))]
 
 METHODS = [name for name in CALLED if name.startswith('methods.') and name != 'methods.core.Method']
 
