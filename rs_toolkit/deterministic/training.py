@@ -269,10 +269,12 @@ class NFGSM(InBox):
         eps:float,     # half-width of the box in [0,1]-pixel units
         *,
         wide=2.,       # half-width of the box of starts: so many times eps
-        eps_epochs=0,  # as in `Adversarial`
-        **kwargs,      # of `InBox`
+        eps_start=0,   # epoch (from 0), or part of the run, in which the box begins to grow
+        eps_epochs=0,  # epochs, or part of the run, for which it grows; 0: as large as it gets, at once
+        l1=0.,         # weight of the absolute values of all weights of linear and convolutional layers
+        seed=0,        # where attacks start depends on (seed, epoch, image index)
     ):
-        super().__init__(eps, eps_epochs=eps_epochs, **kwargs)
+        super().__init__(eps, eps_start=eps_start, eps_epochs=eps_epochs, l1=l1, seed=seed)
         self.wide = check_number(wide, 'wide')
 
     def worst(self, model, x, y, index=None, answer=None):
@@ -373,6 +375,8 @@ class Certified(InBox):
         initialised=True, # start from `initialise`; False: from the network as it comes
         **kwargs,         # of `InBox`
     ):
+        idle = [name for name in ('steps', 'step_size', 'reach', 'restarts') if name in kwargs and not self.attacks]
+        if idle: raise ValueError(f"{type(self).__name__} attacks nothing: leave out {' and '.join(idle)}")
         super().__init__(eps, **kwargs)
         if bn not in BATCH_STATISTICS: raise unknown('choice of batch statistics', bn, BATCH_STATISTICS)
         self.lbd = check_number(lbd, 'lbd')
