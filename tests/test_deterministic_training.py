@@ -35,6 +35,31 @@ def test_the_box_grows_from_step_to_step():
     assert radii == sorted(radii) and radii[4] == 0 < radii[5] and radii[11] < .2 and radii[12:] == [.2]*4
     assert (history.warm_up.iloc[:3] >= 0).all() and 'noisy_accuracy' not in history
 
+class Diary(Gaussian):
+    "Notes what the loop calls."
+    def __init__(self):
+        super().__init__(.25)
+        self._calls = []
+
+    def start_run(self, epochs): self._calls.append(f'run of {epochs}')
+    def meet(self, model, x): self._calls.append(f'meet {len(x)}')
+    def start_step(self, step, steps): self._calls.append(f'step {step} of {steps}')
+    def end_epoch(self, model, data): self._calls.append(f'end {[len(x) for x, *_ in data()]}')
+    def after_step(self, model, x, y, index=None): self._calls.append(f'after {len(x)}')
+    def start_epoch(self, epoch):
+        super().start_epoch(epoch)
+        if hasattr(self, '_calls'): self._calls.append(f'epoch {epoch}')
+
+    def forward(self, model, x, y, index=None):
+        self._calls.append(f'forward {len(x)}')
+        return super().forward(model, x, y, index)
+
+def test_the_loop_calls_a_method_in_the_order_that_it_says():
+    method = Diary()
+    fit(network(), method, (X, Y), 1, batch_size=60, micro_batch=50, lr=.01, progress=False)
+    assert method._calls == ['run of 1', 'meet 2', 'epoch 0', 'step 0 of 2', 'forward 50', 'forward 10', 'after 60',
+                             'step 1 of 2', 'forward 40', 'after 40', 'end [60, 40]']
+
 @pytest.mark.parametrize('length', [.01, .1])
 def test_a_long_gradient_is_cut_to_its_length(length):
     class Steep(Method):
