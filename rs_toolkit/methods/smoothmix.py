@@ -42,7 +42,7 @@ class SmoothMix(Method):
     def path(self, model, x, y, noise):
         "The image to train on, and the far end of the attack, both [b, C, H, W]."
         slope = gradient(lambda image: smoothed_loss(model, image, y, noise).sum())
-        seen = [x]
+        seen = [x.detach()]
         with frozen(model):
             for _ in range(self.steps): seen.append((seen[-1] + self.step_size * unit(slope(seen[-1]))).clamp(0, 1))
         near = x + clip_norm(seen[1] - x, self.strength * self.step_size) if self.mix_step else x
