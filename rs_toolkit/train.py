@@ -351,10 +351,12 @@ def fit(
         how = f"Every finished epoch is kept in {resume}: the same call goes on from there."
         ramp = [method.strength_at(epoch) for epoch in range(epochs)]
         shapes = str([list(p.shape) for p in model.parameters()])
+        factor = None if lr_factor == .1 else lr_factor         # None, as in states from before it could be chosen
         setup = dict(method=method, ramp=ramp, curriculum=curriculum, epochs=epochs, batch_size=batch_size,
                      micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip,
-                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, lr_factor=lr_factor, order_seed=seed,
-                     device=device.type, precision=precision, augment=augment, shapes=shapes, data=fingerprint([images, labels]))
+                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, lr_factor=factor, order_seed=seed,
+                     device=device.type, precision=precision, augment=augment, shapes=shapes,
+                     data=fingerprint([images, labels]))
         setup = {name: describe(value) for name, value in setup.items()}
         history = _go_on(resume, parts, setup, said)
     share_weights([*model_tensors(model), *model_tensors(method)])

@@ -93,6 +93,17 @@ def test_a_layer_behind_a_sum_starts_half_as_wide():
                           (model.layer2[0].downsample[0], .5), (model.layer2[0].conv2, 1)):
         assert scale(layer) == pytest.approx(wanted, rel=.1)
 
+def test_a_state_from_before_the_factor_could_be_chosen_goes_on(tmp_path):
+    def go_on(**kwargs):
+        return fit(network(), Gaussian(.25), (X, Y), 1, lr=.01, resume=tmp_path/'state.pt', progress=False, **kwargs)
+
+    go_on()
+    state = torch.load(tmp_path/'state.pt', weights_only=True)
+    del state['setup']['lr_factor'], state['setup']['clip']
+    torch.save(state, tmp_path/'state.pt')
+    assert len(go_on()) == 1
+    with pytest.raises(ValueError, match='lr_factor was None, is 0.2'): go_on(lr_factor=.2)
+
 class Seen(CCIBP):
     "Keeps the last view."
     def losses(self, view):

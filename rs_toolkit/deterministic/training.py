@@ -101,7 +101,8 @@ def _balance(box):
     if not (active.any() and inactive.any()): return []
     centre = box.centre
     spread = (centre - centre.mean()).square()
-    pairs = [(centre[active].sum(), -centre[inactive].sum()), (spread[active].sum(), spread[inactive].sum())]
+    def over(where, values): return torch.where(where, values, 0.).sum()
+    pairs = [(over(active, centre), -over(inactive, centre)), (over(active, spread), over(inactive, spread))]
     ratios = [on / off.clamp_min(1e-12) for on, off in pairs]
     return [torch.minimum(ratio, 1 / ratio.clamp_min(1e-12)) for ratio in ratios if ratio.isfinite()]
 
