@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABSTAIN', 'PRECISIONS', 'ROUNDING', 'LARGEST_SIGMA', 'Certificate', 'Settings', 'count_votes', 'certify',
-           'vote_stream', 'noisy_copies', 'predict', 'top_class', 'certify_dataset']
+           'vote_stream', 'noisy_copies', 'predict', 'top_class', 'certify_dataset', 'how_to_go_on', 'chosen', 'left']
 
 # %% ../nbs/05_certify.ipynb #3bdc61fa
 import copy
@@ -402,8 +402,7 @@ def certify_dataset(
     progress=True,       # text bar with ETA
 ):                       # DataFrame in the columns of `read_log`
     "Certify a data set; a run that was interrupted goes on where it was."
-    images, idx, _ = _as_batch(images, idx)
-    images, labels, idx = _every(images, labels, idx, check_samples(every, 'every'))
+    images, labels, idx = chosen(images, labels, idx, every)
     settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
                         batch_size=batch_size, precision=precision)
     _enough(settings, 1)
@@ -411,20 +410,31 @@ def certify_dataset(
     setup = _setup(model, images, settings, split)
     scratch = TemporaryDirectory() if log is None else nullcontext()
     with scratch as folder, LogWriter(Path(folder)/'certify.tsv' if log is None else log, setup) as writer:
-        with interruptible(partial(_how_to_go_on, writer, log, len(images))):
+        with interruptible(partial(how_to_go_on, writer, log, len(images))):
             _append(writer, model, images, labels, idx, settings, watch, progress)
             return read_log(writer.path)
 
 # %% ../nbs/05_certify.ipynb #15c5e791
-def _how_to_go_on(writer, log, total):
+def how_to_go_on(
+    writer,     # `LogWriter`
+    log,        # its file; None: a scratch one
+    total:int,  # images in all
+)->str:
     "What is said to whoever stops it."
     if log is None:
         return "Nothing is kept: with log=PATH each finished image would be, and the same call would go on from there"
     return f"{log} holds {len(writer.done)} of {total} images: the same call goes on from there"
 
 # %% ../nbs/05_certify.ipynb #43ab7d74
-def _every(images, labels, idx, every):
-    "Images 0, every, 2*every ..., their labels and indices."
+def chosen(
+    images,       # the whole split: [N, C, H, W] in [0, 1]; or a data set of (image, label), read as needed
+    labels=None,  # [N]; None: those of the data set
+    idx=None,     # data-set index of each image; None: position
+    every=1,      # images 0, every, 2*every ...
+)->tuple:         # images, labels, idx
+    "What of a split is to be certified."
+    every = check_samples(every, 'every')
+    images, idx, _ = _as_batch(images, idx)
     if labels is not None: labels = check_labels(labels, len(images))[::every]
     elif not isinstance(images, Items): raise ValueError("labels are missing: give one class for each image, [N]")
     images = some_images(images, range(0, len(images), every))
@@ -464,7 +474,7 @@ def _look(model, images, labels, settings):
 def _append(writer, model, images, labels, idx, settings, watch, progress):
     "Certify what the log does not hold yet."
     data = {i: fingerprint([images[row], labels[row]]) for row, i in enumerate(idx)}
-    todo = _left(writer, data)
+    todo = left(writer, data)
     if not todo: return
     bar = tqdm(total=len(images), initial=len(images) - len(todo), unit='img', mininterval=1, disable=not progress,
                desc='certifying')
@@ -491,7 +501,10 @@ def _row(c, label):
     return dict(label=label, predict=c.prediction, radius=c.radius, correct=int(c.prediction == label),
                 n_a=c.counts[c.selected], n_true=c.counts[label], selected=c.selected)
 
-def _left(writer, data):
+def left(
+    writer,     # `LogWriter`
+    data:dict,  # index of each image that is to be in the log -> hash of image and label, in order
+)->list:        # of positions
     "Rows of the images that the log does not hold yet; raises where it holds others."
     strange = [i for i, known in writer.done.items() if data.get(i) != known]
     if strange:

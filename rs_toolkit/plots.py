@@ -19,9 +19,9 @@ from plotly.subplots import make_subplots
 
 from .catalogue import method_of
 from .common import document
-from .metrics import abstention_rate, average_certified_radius, certified_accuracy, credited_radii
+from .metrics import abstention_rate, average_certified_radius, certified_accuracy, check_norms, credited_radii
 from .metrics import envelope as best_of
-from .metrics import p_a_survival, radii_grid
+from .metrics import norm_of, p_a_survival, radii_grid
 
 # %% ../nbs/07_plots.ipynb #65708b41
 def show_as_png(
@@ -138,6 +138,8 @@ def certified_accuracy_curve(
     envelope:bool=False,  # also the pointwise best of all, which is not one classifier
 )->go.Figure:
     "Share of images that are right within a certified radius, against the radius."
+    check_norms(logs)
+    norm = '∞' if any(norm_of(log) == 'inf' for log in logs.values()) else '2'
     stop = max([.1, *(credited_radii(log).max() for log in logs.values())])
     radii = radii_grid(1.01 * stop, int(np.ceil(600 / stop)))
     colour = colours(logs)
@@ -152,7 +154,8 @@ def certified_accuracy_curve(
         fig.add_scatter(x=radii[:last+2], y=y[:last+2], name=name, line=line, hovertemplate='%{y:.1%}')
         ends.append((name, radii[last], y[last], colour[name]))
     name_ends(fig, ends, gap=.055, letter=.0125*stop)
-    return layout(fig, title, xaxis=dict(title='certified ℓ<sub>2</sub> radius (pixel units)', range=[0, 1.02 * stop]),
+    xaxis = dict(title=f'certified ℓ<sub>{norm}</sub> radius (pixel units)', range=[0, 1.02 * stop])
+    return layout(fig, title, xaxis=xaxis,
                   yaxis=dict(title='certified accuracy', range=[0, 1.01], tickformat='.0%'))
 
 # %% ../nbs/07_plots.ipynb #f8cdad3c

@@ -25,7 +25,8 @@ from .catalogue import METHODS, method_of
 from .common import data_folder, document, locate, unknown
 from .distribution import log_of
 from .log import read_log
-from .metrics import average_certified_radius, certified_accuracy, check_comparable, credited_radii, setting
+from .metrics import average_certified_radius, certified_accuracy, check_comparable, check_norms
+from .metrics import credited_radii, setting
 
 # %% ../nbs/15_tables.ipynb #d1703013
 def published_label(
@@ -279,6 +280,7 @@ def read_runs(
 )->pd.DataFrame:      # `COLUMNS`; exact, with a row for every step and for each of `RADII`
     "Rows of runs and of other people's logs, seeds of one method as one; raises where two of one sigma do not compare."
     results = open_results(runs, foreign)
+    check_norms({f'{result.method} {result.sigma:g}': result.log for result in results})
     for sigma in {result.sigma for result in results}:
         check_comparable(_logs_at(sigma, results))
     if not results: return pd.DataFrame(columns=COLUMNS)
