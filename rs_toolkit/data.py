@@ -17,11 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 # %% ../nbs/02_data.ipynb #b670a3e0
@@ -29,8 +26,7 @@ from .common import document, locate, plain_number, project_folder, unknown
 from .noise import key_seed
 
 # %% ../nbs/02_data.ipynb #2a2e162d
-TORCHVISION = {'mnist': torchvision.datasets.MNIST, 'fashion_mnist': torchvision.datasets.FashionMNIST,
-               'cifar10': torchvision.datasets.CIFAR10, 'cifar100': torchvision.datasets.CIFAR100}
+TORCHVISION = {'mnist': 'MNIST', 'fashion_mnist': 'FashionMNIST', 'cifar10': 'CIFAR10', 'cifar100': 'CIFAR100'}
 
 # %% ../nbs/02_data.ipynb #a4da82e9
 def load(
@@ -45,7 +41,8 @@ def load(
     root = Path(root or project_folder()/'data'/'cache').expanduser()
     if name == 'imagenet': return _imagenet(root/name, split)
     if name not in TORCHVISION: raise unknown('data set', name, ['digits', *TORCHVISION, 'folder:PATH', 'imagenet'])
-    try: dataset = TORCHVISION[name](root, train=split=='train', download=True)
+    import torchvision
+    try: dataset = getattr(torchvision.datasets, TORCHVISION[name])(root, train=split=='train', download=True)
     except (OSError, RuntimeError) as e:
         raise OSError(f"could not download {name} into {root} ({e}): "
                       "put torchvision's files there, or use folder:PATH") from e
@@ -91,7 +88,8 @@ def _pixels(image):
     _check_mode(image)
     _check_opaque(image)
     if image.mode in DEEP: return torch.from_numpy(np.array(image, np.int32))[None].float().div_(65535)
-    return TF.pil_to_tensor(image.convert('L' if image.mode in GREY else 'RGB')).float().div_(255)
+    values = torch.from_numpy(np.array(image.convert('L' if image.mode in GREY else 'RGB')))
+    return torch.atleast_3d(values).permute(2, 0, 1).float().div_(255)
 
 def _open(file, view):
     "What `view` makes of an image; says which file it is that fails."
@@ -100,28 +98,25 @@ def _open(file, view):
     except Exception as e: raise OSError(f"could not read the image {file}: {e}") from e
 
 # %% ../nbs/02_data.ipynb #70802eb1
-class _Files(torchvision.datasets.ImageFolder):
-    "The images of a split and their labels, without hidden files and folders."
-    def __init__(self, split): super().__init__(split, is_valid_file=self._is_image)
-
-    def find_classes(self, folder):
-        classes = _classes(folder)
-        return classes, {name: label for label, name in enumerate(classes)}
-
-    def _is_image(self, file):
-        parts = Path(file).relative_to(self.root).parts
-        return file.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith('.') for part in parts)
-
 def _classes(split):
     "Names of the folders that are not hidden."
     return sorted(p.name for p in Path(split).iterdir() if p.is_dir() and not p.name.startswith('.'))
+
+def _samples(split):
+    "(path, label) of the images of a split, without hidden files and folders; each class has some."
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    def shown(file):
+        parts = Path(file).relative_to(split).parts
+        return file.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith('.') for part in parts)
+    labels = {name: label for label, name in enumerate(_classes(split))}
+    return make_dataset(split, labels, is_valid_file=shown)
 
 # %% ../nbs/02_data.ipynb #8b51c7ba
 def _files(split, train):
     "The files of a split. A label is a place in the list of classes: both splits must have the same list."
     differ = set(_classes(split)) ^ set(_classes(train)) if train.is_dir() else None
     if differ: raise ValueError(f"classes of {split} differ from those of train: {sorted(differ)[:8]}")
-    try: return _Files(split)
+    try: return _samples(split)
     except (FileNotFoundError, ValueError) as e:
         raise ValueError(f"{split} must hold CLASS/*.jpg (or png ...), with images in each class: {e}") from e
 
@@ -135,15 +130,15 @@ def _folder(path, split):
     files = _files(path/split, path/'train')
     other = _files(path/('test' if split == 'train' else 'train'), path/'train')
     images = _read_all(files, f'reading {path.name}/{split}')
-    if images.shape[1] == 1 and any(_open(file, _in_colour) for file, _ in other.samples):
+    if images.shape[1] == 1 and any(_open(file, _in_colour) for file, _ in other):
         images = images.repeat(1, 3, 1, 1)
-    return images, torch.tensor(files.targets)
+    return images, torch.tensor([label for _, label in files])
 
 # %% ../nbs/02_data.ipynb #8fe5f541
 def _read_all(files, words):
     "Images of one size [N, 1 or 3, H, W]."
     images = None
-    for i, (file, _) in enumerate(tqdm(files.samples, desc=words, mininterval=1)):
+    for i, (file, _) in enumerate(tqdm(files, desc=words, mininterval=1)):
         image = _open(file, _pixels)
         if images is None: images = torch.empty(len(files), *image.shape, dtype=torch.float32)
         if image.shape[1:] != images.shape[2:]:
@@ -204,6 +199,7 @@ def resized_crop(
     key,   # tuple of whole numbers
 ):         # PIL image, 224 x 224
     "A random part (8 to 100 % of the area, sides 3:4 to 4:3), flipped half of the time, as the field trains ImageNet."
+    from torchvision.transforms import functional as TF
     rng = np.random.RandomState(key_seed(*key, counter=1))
     width, height = image.size
     for _ in range(10):
@@ -265,7 +261,9 @@ class Stream:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 # %% ../nbs/02_data.ipynb #f4d93c4d
-def _central(image): return TF.center_crop(TF.resize(image, 256), 224)
+def _central(image):
+    from torchvision.transforms import functional as TF
+    return TF.center_crop(TF.resize(image, 256), 224)
 
 # %% ../nbs/02_data.ipynb #d713e572
 def _photo(image):
@@ -282,8 +280,8 @@ def _imagenet(path, split):
         raise ValueError(f"imagenet is not downloaded: {path} must hold train/CLASS/*.JPEG and test/CLASS/*.JPEG "
                          f"(or val/CLASS/*.JPEG); there is no {folder}")
     files = _files(folder, path/'train')
-    names = [str(Path(file).relative_to(folder)) for file, _ in files.samples]
-    return Stream(folder, names), torch.tensor(files.targets)
+    names = [str(Path(file).relative_to(folder)) for file, _ in files]
+    return Stream(folder, names), torch.tensor([label for _, label in files])
 
 # %% ../nbs/02_data.ipynb #90d308be
 # How keys end, so that no two purposes share random numbers. Those of certification end in zeros.

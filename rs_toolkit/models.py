@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from .common import document, named, same_answers, unknown
@@ -145,6 +144,7 @@ FAMILIES = ('resnet', 'wide_resnet', 'resnext', 'regnet')
 # %% ../nbs/03_models.ipynb #4fc1564d
 def torchvision_net(name:str, num_classes:int, in_channels=3, image_size=224):
     "A network of torchvision's classification zoo, with a small-image stem below 64 pixels."
+    import torchvision
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     small = image_size < 64
     stem = net.stem[0] if name.startswith('regnet') else net.conv1
@@ -164,7 +164,13 @@ MODELS = {'mlp': mlp, 'small_cnn': small_cnn, 'lenet': LeNet, 'cnn_digits': cnn_
 
 def model_names()->list:
     "Every name that `build` knows."
-    return [*MODELS, *(n for n in torchvision.models.list_models(torchvision.models) if n.startswith(FAMILIES))]
+    return [*MODELS, *_zoo()]
+
+def _zoo():
+    "The networks of torchvision's families, by name."
+    from torchvision import models
+    names = [name for name in models.list_models(models) if name.startswith(FAMILIES)]
+    return {name: partial(torchvision_net, name) for name in names}
 
 # %% ../nbs/03_models.ipynb #c8b3e87f
 def build(
@@ -177,8 +183,7 @@ def build(
     **arch_args,       # what else the network takes, such as width=32
 )->Normalized:         # freshly initialised, in training mode
     "A `Normalized` network by name."
-    zoo = {n: partial(torchvision_net, n) for n in model_names() if n not in MODELS}
-    make = named('model', name, MODELS | zoo)
+    make = MODELS[name] if name in MODELS else named('model', name, MODELS | _zoo())
     if name == 'lenet' and image_size != 28:
         raise ValueError(f"lenet is made for 28x28 images, got {image_size}x{image_size}: use small_cnn or mlp")
     shape = dict(in_channels=in_channels, image_size=image_size)

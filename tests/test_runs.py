@@ -36,7 +36,8 @@ def command(book, folder, **parameters):
 
 def mill(book, folder, path=None, **parameters):
     "Run it; `path` is a folder with modules of one's own."
-    env = ENV if path is None else ENV | {'PYTHONPATH': f"{ENV['PYTHONPATH']}{os.pathsep}{path}"}
+    folders = [str(ROOT)] if path is None else [str(ROOT), str(path)]
+    env = os.environ | {'PYTHONPATH': os.pathsep.join(folders)}           # with kernels that fork
     return subprocess.run(command(book, folder, **parameters), cwd=ROOT, env=env, capture_output=True, text=True)
 
 def succeed(*args, **kwargs):
@@ -146,6 +147,7 @@ def test_other_parameters_are_refused_in_the_same_folder(teacher):
 # --- kills and stops, then the same command again ---
 
 def start(words):
+    "Kernels as everybody has them: this environment was read before there were others."
     return subprocess.Popen(words, cwd=ROOT, env=ENV, start_new_session=True, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
