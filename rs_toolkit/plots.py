@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_COLOURS', 'DASHES', 'MEASURED', 'show_as_png', 'colours', 'dashes', 'common_look', 'layout', 'name_ends',
            'apart', 'certified_accuracy_curve', 'p_a_survival_curve', 'p_a_difference_curve', 'training_curves',
-           'certifying', 'LiveFigure']
+           'certifying', 'box_growth', 'LiveFigure']
 
 # %% ../nbs/07_plots.ipynb #a8bd6b34
 import os
@@ -248,6 +248,26 @@ def certifying(
     found = (f'{certified_accuracy(log, 0.):.0%} certified, ACR {average_certified_radius(log):.3f}, '
              f'{abstention_rate(log):.0%} abstained')
     return certified_accuracy_curve({name: log}, f'{len(log):,} of {total:,} images: {found}')
+
+# %% ../nbs/07_plots.ipynb #bb686a1f
+def box_growth(
+    widths:dict,  # name -> frame of `verify.layer_widths`; all of one architecture
+    title='',     # the finding
+)->go.Figure:
+    "Mean width of each layer's box, as a multiple of the image's."
+    colour = colours(widths)
+    fig = go.Figure()
+    ends = []
+    for name, frame in widths.items():
+        y = np.log10(frame.width.to_numpy(float))
+        fig.add_scatter(x=frame.layer, y=y, mode='lines+markers', name=name, line=dict(color=colour[name], width=2.5),
+                        customdata=frame.width, hovertemplate='%{customdata:.3g}')
+        ends.append((name, len(frame) - 1, y[-1], colour[name]))
+    heights = np.concatenate([trace.y for trace in fig.data])
+    ticks = np.arange(np.floor(heights.min()), np.ceil(heights.max()) + 1)
+    name_ends(fig, ends, gap=.06*(ticks[-1] - ticks[0]))
+    return layout(fig, title, margin_b=120, yaxis=dict(
+        title='width, as a multiple of the image’s', tickvals=ticks, ticktext=[f'{10**t:g}' for t in ticks]))
 
 # %% ../nbs/07_plots.ipynb #42b2fffd
 class LiveFigure:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/15_tables.ipynb #01aa55b3
-from .catalogue import METHODS, method_of
+from .catalogue import METHODS, entries, method_of
 from .common import data_folder, document, locate, unknown
 from .distribution import log_of
 from .log import read_log
@@ -142,7 +142,7 @@ def run_name(
 )->str:
     "What to call a run: its method, by the name it has in every table; Gaussian training with its number of copies."
     method = parameters['method']
-    if method != 'gaussian': return METHODS[method].label if method in METHODS else method.rpartition(':')[2]
+    if method != 'gaussian': return entries()[method].label if method in entries() else method.rpartition(':')[2]
     if parameters.get('curriculum', 'none') == 'easy_data': return METHODS['acr'].label
     attack = parameters.get('attack', 'none')
     if attack == 'smoothed_pgd': return METHODS['smoothadv'].label

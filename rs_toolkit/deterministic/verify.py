@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROOFS', 'Verifier', 'check_verifiable', 'worst_points', 'Batch', 'cascade', 'search', 'verify_dataset',
-           'largest_eps', 'status', 'accuracies']
+           'largest_eps', 'status', 'accuracies', 'layer_widths']
 
 # %% ../../nbs/deterministic/verify.ipynb #24d9b42a
 import time
@@ -323,6 +323,20 @@ def _stages(log):
     shares = {'standard': (log.correct == 1).mean(), 'PGD': 1 - refuted.mean()}
     for number, proof in enumerate(proofs, 1): shares[proof.upper()] = by.isin(proofs[:number]).mean()
     return shares | dict(unknown=(by == '').sum())
+
+# %% ../../nbs/deterministic/verify.ipynb #83e33600
+def layer_widths(
+    model,             # nn.Module, bounded as in eval mode
+    x,                 # images [b, C, H, W] in [0, 1]
+    eps:float,         # half-width of their boxes
+)->pd.DataFrame:       # layer, width: the mean width of its box, as a multiple of the image's
+    "How wide the boxes of all layers are, by interval bounds."
+    x = x.to(device_of(model))
+    steps = read(model, x[:1])
+    with torch.no_grad(), frozen(model), exactly(x.device): found = boxes.propagate(steps, ball(x, eps))
+    names = ['image', *(f'{step.name} {type(step.layer).__name__}' for step in steps[1:])]
+    widths = torch.stack([(box.upper - box.lower).mean() for box in found])
+    return pd.DataFrame(dict(layer=names, width=(widths / widths[0]).tolist()))
 
 # %% ../../nbs/deterministic/verify.ipynb #2b70f330
 document(__name__)
