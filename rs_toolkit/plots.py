@@ -254,7 +254,7 @@ def box_growth(
     widths:dict,  # name -> frame of `verify.layer_widths`; all of one architecture
     title='',     # the finding
 )->go.Figure:
-    "Mean width of each layer's box, as a multiple of the image's."
+    "Mean width of each layer's box, beside what tells images apart there."
     colour = colours(widths)
     fig = go.Figure()
     ends = []
@@ -267,7 +267,7 @@ def box_growth(
     ticks = np.arange(np.floor(heights.min()), np.ceil(heights.max()) + 1)
     name_ends(fig, ends, gap=.06*(ticks[-1] - ticks[0]))
     return layout(fig, title, margin_b=120, yaxis=dict(
-        title='width, as a multiple of the image’s', tickvals=ticks, ticktext=[f'{10**t:g}' for t in ticks]))
+        title='width of the box / spread of the images', tickvals=ticks, ticktext=[f'{10**t:g}' for t in ticks]))
 
 # %% ../nbs/07_plots.ipynb #42b2fffd
 class LiveFigure:

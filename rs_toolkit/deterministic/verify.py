@@ -327,16 +327,19 @@ def _stages(log):
 # %% ../../nbs/deterministic/verify.ipynb #83e33600
 def layer_widths(
     model,             # nn.Module, bounded as in eval mode
-    x,                 # images [b, C, H, W] in [0, 1]
+    x,                 # at least two images [b, C, H, W] in [0, 1]
     eps:float,         # half-width of their boxes
-)->pd.DataFrame:       # layer, width: the mean width of its box, as a multiple of the image's
-    "How wide the boxes of all layers are, by interval bounds."
+)->pd.DataFrame:       # layer, width: mean width of its boxes, in standard deviations of its values over the images
+    "How wide the boxes of all layers are, by interval bounds, beside what tells images apart."
     x = x.to(device_of(model))
     steps = read(model, x[:1])
-    with torch.no_grad(), frozen(model), exactly(x.device): found = boxes.propagate(steps, ball(x, eps))
+    with torch.no_grad(), frozen(model), exactly(x.device):
+        found = boxes.propagate(steps, ball(x, eps))
+        values = boxes.propagate(steps, ball(x, 0.))
     names = ['image', *(f'{step.name} {type(step.layer).__name__}' for step in steps[1:])]
     widths = torch.stack([(box.upper - box.lower).mean() for box in found])
-    return pd.DataFrame(dict(layer=names, width=(widths / widths[0]).tolist()))
+    spreads = torch.stack([box.lower.std(0).mean() for box in values])
+    return pd.DataFrame(dict(layer=names, width=(widths / spreads.clamp_min(1e-12)).tolist()))
 
 # %% ../../nbs/deterministic/verify.ipynb #2b70f330
 document(__name__)
