@@ -319,8 +319,8 @@ def accuracies(
 def _stages(log):
     by = log.by.fillna('')
     proofs = setting(log, 'verifier').partition(',')[0].split()
-    refuted = by.isin(['clean', 'attack'])
-    shares = {'standard': (log.correct == 1).mean(), 'PGD': 1 - refuted.mean()}
+    stands = ~by.isin(['clean', 'attack'])
+    shares = {'standard': (log.correct == 1).mean(), 'PGD': stands.mean()}
     for number, proof in enumerate(proofs, 1): shares[proof.upper()] = by.isin(proofs[:number]).mean()
     return shares | dict(unknown=(by == '').sum())
 
