@@ -124,7 +124,8 @@ def test_every_parameter_of_a_run_without_noise_arrives(tmp_path):
                  out=str(folder))
     book = nbformat.read(ROOT/'nbs/train_deterministic.ipynb', 4)
     [parameters] = [c.source for c in book.cells if 'parameters' in c.metadata.get('tags', [])]
-    assert [line.split(':')[0] for line in parameters.splitlines()] == list(given), 'the test should pass every parameter'
+    announced = [line.split(':')[0] for line in parameters.splitlines()]
+    assert announced == list(given), 'the test should pass every parameter'
     succeed('train_deterministic', folder, **given | dict(eps='5e-2'))
     assert json.loads((folder/'config.json').read_text())['parameters'] == given
     asked = read_log(folder/'verify.tsv')
@@ -139,8 +140,9 @@ def test_every_parameter_of_a_run_without_noise_arrives(tmp_path):
     again = tmp_path/'again'
     succeed('train_deterministic', again, **given | dict(teacher=str(folder/'teacher'), out=str(again)))
     assert (again/'history.csv').read_text().splitlines()[0] == (folder/'history.csv').read_text().splitlines()[0]
-    ours, theirs = load(folder).state_dict(), load(again).state_dict()
-    for name in ours: torch.testing.assert_close(theirs[name], ours[name])         # of the same teacher, the same student
+    ours = load(folder).state_dict()
+    theirs = load(again).state_dict()
+    for name in ours: torch.testing.assert_close(theirs[name], ours[name])     # of the same teacher, the same student
     succeed('compare', tmp_path/'both', runs=[str(folder), str(again)], out=str(tmp_path/'both'))
     assert (tmp_path/'both/table.md').exists()
 
