@@ -19,9 +19,9 @@ from plotly.subplots import make_subplots
 
 from .catalogue import method_of
 from .common import document
-from .metrics import abstention_rate, average_certified_radius, certified_accuracy, check_norms, credited_radii
+from .metrics import abstention_rate, average_certified_radius, certified_accuracy, credited_radii
 from .metrics import envelope as best_of
-from .metrics import norm_of, p_a_survival, radii_grid
+from .metrics import check_norms, norm_of, p_a_survival, radii_grid
 
 # %% ../nbs/07_plots.ipynb #65708b41
 def show_as_png(

@@ -218,8 +218,9 @@ class InBox(Method):
         super().start_run(epochs)
         first, end = self.growing()
         if end > epochs:
-            raise ValueError(f"the box would grow from epoch {first} to {end}, and never reach eps in a run of {epochs} "
-                             "epochs: give smaller eps_start or eps_epochs, or parts of the run, between 0 and 1")
+            raise ValueError(f"the box would grow from epoch {first} to {end}, and never reach eps in a run of "
+                             f"{epochs} epochs: give smaller eps_start or eps_epochs, or parts of the run, "
+                             "between 0 and 1")
 
     def start_step(self, step, steps): self._clock = step, steps
 

@@ -81,7 +81,7 @@ def worst_points(
     x,                  # images [b, C, H, W] in [0, 1]
     y,                  # labels [b]
     eps,                # half-width: one number, or one for each image
-    verifier=Verifier(),
+    verifier=Verifier(),# its steps, step_size and restarts
     keys=None,          # of the starts, one for each image; None: fresh ones
 )->tuple:               # points of the boxes [b, C, H, W], and by how much the label leads there [b]
     "Where in its box each image comes nearest to another answer, as far as an attack can tell."
@@ -136,7 +136,7 @@ def _check_proofs(batch, rows, by, refuted):
     for row in rows[refuted]:
         if by[row]:
             raise RuntimeError(f"image {batch.idx[row]} was proved by {by[row]}, and an attack found another answer in "
-                               "the same box: one of the two is wrong, which is a defect of rs_toolkit. Please report it")
+                               "the same box: one of them is wrong, which is a defect of rs_toolkit. Please report it")
 
 def cascade(
     batch:Batch,
@@ -262,7 +262,7 @@ def verify_dataset(
     labels,              # [N]; None: those of the data set
     eps:float,           # half-width of the box around each image, in [0,1]-pixel units
     *,
-    verifier=Verifier(),
+    verifier=Verifier(), # what is tried, in which order
     batch_size=100,      # images at a time
     every=1,             # images 0, every, 2*every ... of the split: all classes, never a prefix
     idx=None,            # data-set index of each image; default: position
@@ -284,7 +284,7 @@ def largest_eps(
     eps:float=1.,        # half-width at which the search ends
     *,
     tolerance=1e-4,      # of the half-width that is found
-    verifier=Verifier(),
+    verifier=Verifier(), # what is tried, in which order
     batch_size=100,      # images at a time
     every=1,             # as in `verify_dataset`
     idx=None,            # as in `verify_dataset`
@@ -312,7 +312,7 @@ def status(
 def accuracies(
     logs:dict,         # name -> log of `verify_dataset`
 )->pd.DataFrame:       # a row per log
-    "Shares of the images: right, not refuted by the attack, and proved by the stages up to each; and how many are unknown."
+    "Shares of the images: right, not refuted, and proved by the stages up to each; and the number of unknowns."
     check_comparable(logs)
     return pd.DataFrame({name: _stages(log) for name, log in logs.items()}).T.astype({'unknown': int})
 
