@@ -40,7 +40,7 @@ NORMS = ('2', 'inf')
 
 # %% ../nbs/04_log.ipynb #890a6c14
 def columns_of(
-    names,  # of columns that are there, or of a setup
+    names,  # of a setup
 )->list:
     "All columns of this kind of log."
     return [*COLUMNS, *BOUNDED] if 'verifier' in names else COLUMNS
@@ -188,7 +188,8 @@ def _frame(path, header, rows):
     columns = dict(zip(header, zip(*rows))) if rows else {}
     columns = {'predict': columns.get('c1', ())} | columns
     unknown = [''] * len(rows)
-    return pd.DataFrame({name: _typed(columns.get(name, unknown), name, path) for name in columns_of(header)})
+    more = BOUNDED if {*BOUNDED} <= {*header} else []
+    return pd.DataFrame({name: _typed(columns.get(name, unknown), name, path) for name in [*COLUMNS, *more]})
 
 def _attach(frame, name, value, path):
     "Fill an empty column; contradicting the file is an error."
