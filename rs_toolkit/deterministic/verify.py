@@ -26,7 +26,7 @@ from ..data import CRAFTING, check_labels, fingerprint, image_keys, some_images
 from . import boxes, crown
 from .boxes import PRECISIONS, ball, exactly, proved, read
 from .training import Best, attack_box, leads, starts
-from ..log import LogWriter, read_log
+from ..log import REFUTED, LogWriter, read_log
 from ..metrics import check_comparable, setting
 from ..models import answers, device_of, frozen, weights_hash
 from ..noise import as_logits
@@ -319,7 +319,7 @@ def accuracies(
 def _stages(log):
     by = log.by.fillna('')
     proofs = setting(log, 'verifier').partition(',')[0].split()
-    stands = ~by.isin(['clean', 'attack'])
+    stands = ~by.isin(REFUTED)
     shares = {'standard': (log.correct == 1).mean(), 'PGD': stands.mean()}
     for number, proof in enumerate(proofs, 1): shares[proof.upper()] = by.isin(proofs[:number]).mean()
     return shares | dict(unknown=(by == '').sum())
