@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABSTAIN', 'PRECISIONS', 'ROUNDING', 'LARGEST_SIGMA', 'COIN', 'BLOCK', 'WORTH', 'Certificate', 'Settings', 'whose',
            'logit_stream', 'count_votes', 'Plan', 'plan_of', 'followed', 'as_batch', 'certify', 'vote_stream',
-           'noisy_copies', 'predict', 'top_class', 'certify_dataset']
+           'noisy_copies', 'predict', 'top_class', 'certify_dataset', 'how_to_go_on', 'chosen', 'check_done']
 
 # %% ../nbs/05_certify.ipynb #3bdc61fa
 import copy
@@ -684,8 +684,7 @@ def certify_dataset(
     progress=True,       # text bar with ETA
 ):                       # DataFrame in the columns of `read_log`
     "Certify a data set; a run that was interrupted goes on where it was."
-    images, idx, _ = as_batch(images, idx)
-    images, labels, idx = _every(images, labels, idx, check_samples(every, 'every'))
+    images, labels, idx = chosen(images, labels, idx, every)
     settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
                         batch_size=batch_size, precision=precision, exact_noise=exact_noise)
     plan = plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION],
@@ -696,7 +695,7 @@ def certify_dataset(
     setup = _setup(model, images, settings, split, plan)
     job = _Job(model, images, labels, idx, settings, plan)
     scratch = TemporaryDirectory() if log is None else nullcontext()
-    with scratch as folder, interruptible(partial(_how_to_go_on, log, len(images))):
+    with scratch as folder, interruptible(partial(how_to_go_on, log, len(images))):
         path = Path(folder)/'certify.tsv' if log is None else Path(log).expanduser()
         with _Bar(len(images), progress, watch, path) as bar:
             if shared: _together(job, path, setup, bar)
@@ -704,15 +703,25 @@ def certify_dataset(
         return read_log(path)
 
 # %% ../nbs/05_certify.ipynb #15c5e791
-def _how_to_go_on(log, total):
+def how_to_go_on(
+    log,        # file; None: a scratch one
+    total:int,  # images in all
+)->str:
     "What is said to whoever stops it."
     if log is None:
         return "Nothing is kept: with log=PATH each finished image would be, and the same call would go on from there"
     return f"{log} holds {len(so_far(log))} of {total} images: the same call goes on from there"
 
 # %% ../nbs/05_certify.ipynb #43ab7d74
-def _every(images, labels, idx, every):
-    "Images 0, every, 2*every ..., their labels and indices."
+def chosen(
+    images,       # the whole split: [N, C, H, W] in [0, 1]; or a data set of (image, label), read as needed
+    labels=None,  # [N]; None: those of the data set
+    idx=None,     # data-set index of each image; None: position
+    every=1,      # images 0, every, 2*every ...
+)->tuple:         # images, labels, idx
+    "What of a split is to be certified."
+    every = check_samples(every, 'every')
+    images, idx, _ = as_batch(images, idx)
     if labels is not None: labels = check_labels(labels, len(images))[::every]
     elif not isinstance(images, Items): raise ValueError("labels are missing: give one class for each image, [N]")
     images = some_images(images, range(0, len(images), every))
@@ -749,6 +758,18 @@ def _look(model, images, labels, settings):
                       "with this noise, on pixels in [0, 1], and is its normalisation the right one?", stacklevel=3)
     return logits.shape[1]
 
+# %% ../nbs/05_certify.ipynb #3b522cd9
+def check_done(
+    path,       # of a log
+    done:dict,  # index of each image that is in it -> hash of image and label
+    data,       # function: index of an image -> hash, None where there is no such image
+):
+    "Refuse to go on with a log that holds other images."
+    strange = [i for i, known in done.items() if data(i) != known]
+    if strange:
+        raise ValueError(f"{path} holds image {strange[0]}, which is not among those to certify now, or is "
+                         "another image or label: choose another log, or the same data and `every`")
+
 # %% ../nbs/05_certify.ipynb #916eb3d9
 @dataclass(eq=False)
 class _Job:
@@ -763,20 +784,13 @@ class _Job:
     def __post_init__(self): self.row = {i: row for row, i in enumerate(self.idx)}
 
     def data(self, i):
-        "By what an image and its label are known."
-        row = self.row[i]
-        return fingerprint([self.images[row], self.labels[row]])
-
-    def check(self, path, done):
-        "Refuse a log that holds other images; `done` says by what they were known."
-        strange = [i for i, known in done.items() if i not in self.row or self.data(i) != known]
-        if strange:
-            raise ValueError(f"{path} holds image {strange[0]}, which is not among those to certify now, or is "
-                             "another image or label: choose another log, or the same data and `every`")
+        "By what an image and its label are known; None for one that is not there."
+        row = self.row.get(i)
+        return None if row is None else fingerprint([self.images[row], self.labels[row]])
 
     def append(self, writer, idx, bar):
         "Certify those of some images that the log does not hold yet."
-        self.check(writer.path, writer.done)
+        check_done(writer.path, writer.done, self.data)
         todo = [i for i in idx if i not in writer.done]
         bar.known(len(idx) - len(todo))
         if not todo: return
@@ -843,7 +857,7 @@ def _alone(job, path, setup, bar):
 
 def _together(job, path, setup, bar):
     known = so_far(path)
-    job.check(path, dict(zip(known.idx, known.data)))
+    check_done(path, dict(zip(known.idx, known.data)), job.data)
     size = max(BLOCK, WORTH // job.settings.per_image)
     blocks = [job.idx[start:start + size] for start in range(0, len(job.idx), size)]
     share(path, setup, blocks, work=lambda writer, idx: job.append(writer, idx, bar),

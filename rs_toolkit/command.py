@@ -21,13 +21,13 @@ from .common import LAB, document, locate, package_folder, project_folder, run_f
 
 # %% ../nbs/17_command.ipynb #5c629e33
 def run_notebook(
-    name:str,   # train, certify or compare
+    name:str,   # train, train_deterministic, certify or compare
 )->Path:
     "Where the notebook of a verb lies."
     return package_folder()/'nbs'/f'{name}.ipynb'
 
 def announced(
-    name:str,   # train, certify or compare
+    name:str,   # train, train_deterministic, certify or compare
 )->dict:        # parameter -> papermill's record of it: default, inferred_type_name, help
     "What can be asked of the notebook of a verb."
     return inspect_notebook(str(run_notebook(name)))
@@ -69,13 +69,14 @@ def asked(
 
 # %% ../nbs/17_command.ipynb #c58b2758
 def place_of(
-    name:str,     # train, certify or compare
+    name:str,     # train, train_deterministic, certify or compare
     values:dict,  # of `asked`
     known:dict,   # of `announced`
 )->Path:
     "The folder that this run fills."
     full = {key: ast.literal_eval(record['default']) for key, record in known.items()} | values
-    if name == 'train': default = f"{Path(full['dataset']).name}-{full['method']}-{_decimal(full['sigma'])}"
+    level = dict(train='sigma', train_deterministic='eps').get(name)
+    if level: default = f"{Path(full['dataset']).name}-{full['method']}-{_decimal(full[level])}"
     elif name == 'certify': default = f"certify-{Path(full['checkpoint']).name}"
     else: default = 'comparison'
     if name == 'certify' and 'sigma' in values: default += f"-{_decimal(full['sigma'])}"
@@ -89,7 +90,7 @@ def _decimal(number):
 
 # %% ../nbs/17_command.ipynb #2086235d
 def execute(
-    name:str,      # train, certify or compare
+    name:str,      # train, train_deterministic, certify or compare
     values:dict,   # of `asked`
     folder:Path,   # of the run
 ):
@@ -147,7 +148,7 @@ class RunsNotebook(click.Command):
 
 # %% ../nbs/17_command.ipynb #d996bf2b
 def verb(
-    name:str,   # train, certify or compare
+    name:str,   # train, train_deterministic, certify or compare
     words:str,  # what it does
 )->RunsNotebook:
     "The command that runs one notebook."
@@ -173,6 +174,7 @@ def main():
     """
 
 main.add_command(verb('train', 'Train a classifier and certify it, from nothing to a table.'))
+main.add_command(verb('train_deterministic', 'Train a network and prove its answers by bounds, without noise.'))
 main.add_command(verb('certify', 'Certify a trained network: a run folder, or a .pth.tar of the field.'))
 main.add_command(verb('compare', 'Runs and published logs side by side.'))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMON', 'credited_radii', 'spending', 'why_no_acr', 'certified_accuracy', 'average_certified_radius',
            'abstention_rate', 'radii_grid', 'setting', 'certified_accuracy_lower', 'p_a', 'p_a_survival', 'recertify',
-           'thin', 'envelope', 'check_comparable', 'summary', 'results', 'per_class']
+           'thin', 'norm_of', 'check_norms', 'as_l2', 'envelope', 'check_comparable', 'summary', 'results', 'per_class']
 
 # %% ../nbs/06_metrics.ipynb #92a8862e
 import numpy as np
@@ -186,12 +186,38 @@ def thin(
         kept[i] = votes[0], votes[int(row.label != row.selected)]
     return kept
 
+# %% ../nbs/06_metrics.ipynb #0aa8bc19
+def norm_of(
+    log:pd.DataFrame,  # a certification log
+)->str:                # 2 or inf
+    "The norm of its radii: that of votes is 2."
+    return setting(log, 'norm') if 'norm' in log and len(log) else '2'
+
+def check_norms(
+    logs:dict,  # name -> log
+):
+    "Raise unless the radii of all logs are of one norm."
+    norms = {name: norm_of(log) for name, log in logs.items()}
+    if len(set(norms.values())) < 2: return
+    told = ', '.join(f'{name}: {norm}' for name, norm in norms.items())
+    raise ValueError(f"radii of different norms do not stand in one curve or table ({told}). "
+                     "The l_inf ball of radius r contains the l2 ball of radius r: "
+                     "what as_l2(log) makes of a log of norm inf holds in l2, too")
+
+# %% ../nbs/06_metrics.ipynb #51da8a40
+def as_l2(
+    log:pd.DataFrame,  # a certification log
+)->pd.DataFrame:       # the same radii, as those of l2 balls
+    "What a proof for a box says about the ball in it."
+    return log.assign(norm='2') if 'norm' in log else log
+
 # %% ../nbs/06_metrics.ipynb #a2ddc0f7
 def envelope(
     logs:dict,      # name -> log
     radii,          # l2 radii
 )->pd.DataFrame:    # radius, certified_accuracy, log (the name of the one that attains it; none where all are 0)
     "Pointwise maximum of certified accuracy. Not one classifier."
+    check_norms(logs)
     curves = pd.DataFrame({name: certified_accuracy(log, radii) for name, log in logs.items()}, index=radii)
     best = curves.max(axis=1)
     holder = curves.idxmax(axis=1).where(best > 0, None)
@@ -200,11 +226,17 @@ def envelope(
 # %% ../nbs/06_metrics.ipynb #03eb6304
 COMMON = ('procedure', 'n', 'alpha', 'n0', 'split')       # what logs must share, for their radii to compare
 
+def _common(*logs):
+    "The same of proofs, or of proofs and votes: a proof has no alpha."
+    proofs = ['verifier' in log for log in logs]
+    return ('split', 'eps') if all(proofs) else ('split',) if any(proofs) else COMMON
+
 def check_comparable(
     logs:dict,  # name -> log
 ):
-    "Raise unless all logs certify the same images with the same procedure, n, alpha, n0 and split."
+    "Raise unless all logs certify the same images with the same procedure, n, alpha, n0 and split, in one norm."
     if len(logs) < 2: return
+    check_norms(logs)
     logs = {name: spending(log) for name, log in logs.items()}
     for name, log in logs.items(): _check_told(name, log)
     first, *others = logs
@@ -214,20 +246,26 @@ def check_comparable(
 
 # %% ../nbs/06_metrics.ipynb #71543d05
 def _check_told(name, log):
-    unknown = [column for column in COMMON if log[column].isna().any()]
+    unknown = [column for column in _common(log) if column != 'eps' and log[column].isna().any()]
     if not unknown: return
     told = ', '.join(f'{column}=...' for column in unknown)
     raise ValueError(f"{name} does not say its {', '.join(unknown)}, so its ACR cannot stand beside others: "
                      f"give what is true of it when reading, read_log(path, {told})")
 
 def _check_settings(first, reference, name, log):
-    for column in COMMON:
-        a = setting(reference, column)
-        b = setting(log, column)
+    for column in _common(reference, log):
+        a = _told(reference, column)
+        b = _told(log, column)
         if a == b: continue
         counted = column in ('n', 'alpha') and setting(log, 'procedure') == 'fixed'
         cure = 'Bring both to one with `recertify`, where votes were counted' if counted else 'Certify both alike'
         raise ValueError(f"{first} has {column} {a}, {name} has {column} {b}: their ACRs do not compare. {cure}")
+
+# %% ../nbs/06_metrics.ipynb #a9ad2569
+def _told(log, column):
+    "What a log was made with; without an eps, the largest was looked for."
+    if column == 'eps' and log.eps.isna().all(): return 'none (the largest)'
+    return setting(log, column)
 
 # %% ../nbs/06_metrics.ipynb #f87e48d2
 def _check_images(first, reference, name, log):

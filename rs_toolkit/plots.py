@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_COLOURS', 'DASHES', 'MEASURED', 'show_as_png', 'colours', 'dashes', 'common_look', 'layout', 'name_ends',
            'apart', 'certified_accuracy_curve', 'p_a_survival_curve', 'p_a_difference_curve', 'training_curves',
-           'certifying', 'LiveFigure']
+           'certifying', 'box_growth', 'LiveFigure']
 
 # %% ../nbs/07_plots.ipynb #a8bd6b34
 import os
@@ -21,7 +21,7 @@ from .catalogue import method_of
 from .common import document
 from .metrics import abstention_rate, average_certified_radius, certified_accuracy, credited_radii
 from .metrics import envelope as best_of
-from .metrics import p_a_survival, radii_grid, why_no_acr
+from .metrics import check_norms, norm_of, p_a_survival, radii_grid, why_no_acr
 
 # %% ../nbs/07_plots.ipynb #65708b41
 def show_as_png(
@@ -138,6 +138,8 @@ def certified_accuracy_curve(
     envelope:bool=False,  # also the pointwise best of all, which is not one classifier
 )->go.Figure:
     "Share of images that are right within a certified radius, against the radius."
+    check_norms(logs)
+    norm = '∞' if any(norm_of(log) == 'inf' for log in logs.values()) else '2'
     stop = max([.1, *(credited_radii(log).max() for log in logs.values())])
     radii = radii_grid(1.01 * stop, int(np.ceil(600 / stop)))
     colour = colours(logs)
@@ -152,7 +154,8 @@ def certified_accuracy_curve(
         fig.add_scatter(x=radii[:last+2], y=y[:last+2], name=name, line=line, hovertemplate='%{y:.1%}')
         ends.append((name, radii[last], y[last], colour[name]))
     name_ends(fig, ends, gap=.055, letter=.0125*stop)
-    return layout(fig, title, xaxis=dict(title='certified ℓ<sub>2</sub> radius (pixel units)', range=[0, 1.02 * stop]),
+    xaxis = dict(title=f'certified ℓ<sub>{norm}</sub> radius (pixel units)', range=[0, 1.02 * stop])
+    return layout(fig, title, xaxis=xaxis,
                   yaxis=dict(title='certified accuracy', range=[0, 1.01], tickformat='.0%'))
 
 # %% ../nbs/07_plots.ipynb #f8cdad3c
@@ -208,13 +211,14 @@ def training_curves(
     history:pd.DataFrame,  # a row per epoch, as `fit` returns it
     title='',              # the finding
 )->go.Figure:
-    "Loss terms, and clean and noisy accuracy, by epoch."
+    "Loss terms, and clean and noisy accuracy as far as they were measured, by epoch."
     terms = [column for column in history if column not in MEASURED]
     last = history.epoch.iloc[-1] + 1
     fig = make_subplots(1, 2, horizontal_spacing=.2)
     tallest = np.ptp([0, *history[terms].to_numpy(float).ravel()])
     _add_panel(fig, history, dict(zip(terms, OTHER_COLOURS)), height=tallest, col=1)
-    _add_panel(fig, history, {'clean_accuracy': '#0072B2', 'noisy_accuracy': '#D55E00'}, height=1, col=2)
+    accuracies = {'clean_accuracy': '#0072B2', 'noisy_accuracy': '#D55E00'}
+    _add_panel(fig, history, {name: c for name, c in accuracies.items() if name in history}, height=1, col=2)
     drops = history.epoch[history.lr.diff() < 0]
     if len(drops) < 6:
         for epoch in drops: fig.add_vline(epoch + .5, line=dict(color='#bbbbbb', width=1, dash='dot'), layer='below')
@@ -244,6 +248,26 @@ def certifying(
     acr = '' if why_no_acr(log) else f'ACR {average_certified_radius(log):.3f}, '
     found = f'{certified_accuracy(log, 0.):.0%} certified, {acr}{abstention_rate(log):.0%} abstained'
     return certified_accuracy_curve({name: log}, f'{len(log):,} of {total:,} images: {found}')
+
+# %% ../nbs/07_plots.ipynb #bb686a1f
+def box_growth(
+    widths:dict,  # name -> frame of `verify.layer_widths`; all of one architecture
+    title='',     # the finding
+)->go.Figure:
+    "Mean width of each layer's box, beside what tells images apart there."
+    colour = colours(widths)
+    fig = go.Figure()
+    ends = []
+    for name, frame in widths.items():
+        y = np.log10(frame.width.to_numpy(float))
+        fig.add_scatter(x=frame.layer, y=y, mode='lines+markers', name=name, line=dict(color=colour[name], width=2.5),
+                        customdata=frame.width, hovertemplate='%{customdata:.3g}')
+        ends.append((name, len(frame) - 1, y[-1], colour[name]))
+    heights = np.concatenate([trace.y for trace in fig.data])
+    ticks = np.arange(np.floor(heights.min()), np.ceil(heights.max()) + 1)
+    name_ends(fig, ends, gap=.06*(ticks[-1] - ticks[0]))
+    return layout(fig, title, margin_b=120, yaxis=dict(
+        title='width of the box / spread of the images', tickvals=ticks, ticktext=[f'{10**t:g}' for t in ticks]))
 
 # %% ../nbs/07_plots.ipynb #42b2fffd
 class LiveFigure:

@@ -21,12 +21,12 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/15_tables.ipynb #01aa55b3
-from .catalogue import METHODS, method_of
+from .catalogue import METHODS, entries, method_of
 from .common import data_folder, document, locate, unknown
 from .distribution import log_of
 from .log import read_log
-from .metrics import average_certified_radius, certified_accuracy, check_comparable, credited_radii
-from .metrics import setting, why_no_acr
+from .metrics import average_certified_radius, certified_accuracy, check_comparable, check_norms
+from .metrics import credited_radii, setting, why_no_acr
 
 # %% ../nbs/15_tables.ipynb #d1703013
 def published_label(
@@ -143,7 +143,7 @@ def run_name(
 )->str:
     "What to call a run: its method, by the name it has in every table; Gaussian training with its number of copies."
     method = parameters['method']
-    if method != 'gaussian': return METHODS[method].label if method in METHODS else method.rpartition(':')[2]
+    if method != 'gaussian': return entries()[method].label if method in entries() else method.rpartition(':')[2]
     if parameters.get('curriculum', 'none') == 'easy_data': return METHODS['acr'].label
     attack = parameters.get('attack', 'none')
     if attack == 'smoothed_pgd': return METHODS['smoothadv'].label
@@ -281,6 +281,7 @@ def read_runs(
 )->pd.DataFrame:      # `COLUMNS`; exact, with a row for every step and for each of `RADII`
     "Rows of runs and of other people's logs, seeds of one method as one; raises where two of one sigma do not compare."
     results = open_results(runs, foreign)
+    check_norms({f'{result.method} {result.sigma:g}': result.log for result in results})
     for sigma in {result.sigma for result in results}:
         check_comparable(_logs_at(sigma, results))
     if not results: return pd.DataFrame(columns=COLUMNS)

@@ -77,11 +77,13 @@ def lr_schedule(
     epochs:int,     # length of the run
     lr_drops=None,  # step: epochs, or parts of the run, that start with a tenth of the rate; default: at 1/3 and 2/3
     lr_lag=0,       # epochs by which every drop comes late; 1 imitates the published code of Jeong et al.
+    lr_factor=.1,   # what a drop multiplies the rate by
 ):                  # torch scheduler, stepped once per epoch
     "Step decay exactly at the named epochs, or cosine decay to 0."
     if schedule not in SCHEDULES: raise unknown('schedule', schedule, SCHEDULES)
     if schedule == 'cosine': return torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs)
-    return torch.optim.lr_scheduler.MultiStepLR(opt, drop_epochs(epochs, lr_drops, lr_lag))
+    lr_factor = check_number(lr_factor, 'lr_factor', 0, 1)
+    return torch.optim.lr_scheduler.MultiStepLR(opt, drop_epochs(epochs, lr_drops, lr_lag), lr_factor)
 
 # %% ../nbs/10_train.ipynb #d795707b
 def check_run(
@@ -234,9 +236,11 @@ def check_terms(
 # %% ../nbs/10_train.ipynb #b61c01d0
 def _epoch(
     model, method, opt,  # network, what to minimise, optimizer
-    data,                # of `batches`
+    data,                # function without arguments -> `batches`
     *,
     epoch:int,           # from 0
+    steps:int,           # of the epoch
+    clip:float,          # largest norm of the gradient; None: any
     precision:str,       # key of `PRECISIONS`
     micro_batch:int,     # images per forward pass
     bar,                 # progress, in images
@@ -246,7 +250,8 @@ def _epoch(
     learnt = False
     model.train()
     method.start_epoch(epoch)
-    for x, y, index, size in data:
+    for step, (x, y, index, size) in enumerate(data()):
+        method.start_step(step, steps)
         opt.zero_grad()
         autocast = torch.autocast(x.device.type, PRECISIONS[precision], enabled=precision != 'float32')
         for start in range(0, len(x), micro_batch):         # no piece, where a process has no share of the last batch
@@ -258,11 +263,13 @@ def _epoch(
             if loss.requires_grad: loss.backward()
             for name, term in terms.items(): sums[name] = sums.get(name, 0) + term.detach() * images
         if share_gradients(model.parameters()):
+            if clip is not None: torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             opt.step()
             learnt = True
         with autocast: method.after_step(model, x, y, index)
         bar.update(size)
     sums = {name: float(total(value)) for name, value in sums.items()}
+    method.end_epoch(model, data)
     share_statistics(model)
     _check_epoch(sums, learnt, epoch, type(method).__name__)
     return sums
@@ -289,9 +296,11 @@ def fit(
     batch_size=64,       # images per optimizer step, of all processes together
     lr=.1,               # learning rate, at the start
     weight_decay=1e-4,   # of every weight
+    clip=None,           # largest norm of the gradient of a step, to which a longer one is cut; None: any
     schedule='step',     # step or cosine
     lr_drops=None,       # of `lr_schedule`
     lr_lag=0,            # of `lr_schedule`
+    lr_factor=.1,        # of `lr_schedule`
     optimizer='sgd',     # sgd (momentum .9) or adam
     precision='float32', # or bfloat16: forward passes under autocast, losses in float32
     micro_batch=None,    # images per forward pass, where a batch does not fit; batch-norm then sees that many at a time
@@ -311,6 +320,8 @@ def fit(
     micro_batch = None if micro_batch is None else check_samples(micro_batch, 'micro_batch')
     lr = check_number(lr, 'lr')
     weight_decay = plain_number(weight_decay)
+    clip = None if clip is None else check_number(clip, 'clip')
+    if clip == 0: raise ValueError("clip=0 would stop every step: give a positive norm, or None for no limit")
     if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
     if optimizer not in OPTIMIZERS: raise unknown('optimizer', optimizer, OPTIMIZERS)
     _check_learner(model, method)
@@ -326,8 +337,9 @@ def fit(
     if isinstance(images, torch.Tensor): images = images.to(device)                  # a stream stays where it is
     with torch.no_grad(), frozen(model): logits = check_model(model, images[:2].to(device))
     check_labels(labels, len(images), logits.shape[1])
+    method.meet(model, images[:2].to(device))
     opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay)
-    scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag)
+    scheduler = lr_schedule(opt, schedule, epochs, lr_drops, lr_lag, lr_factor)
 
     parts = dict(model=model, method=method, optimizer=opt, scheduler=scheduler)
     if curriculum: parts['curriculum'] = curriculum
@@ -339,10 +351,12 @@ def fit(
         how = f"Every finished epoch is kept in {resume}: the same call goes on from there."
         ramp = [method.strength_at(epoch) for epoch in range(epochs)]
         shapes = str([list(p.shape) for p in model.parameters()])
+        factor = None if lr_factor == .1 else lr_factor         # None, as in states from before it could be chosen
         setup = dict(method=method, ramp=ramp, curriculum=curriculum, epochs=epochs, batch_size=batch_size,
-                     micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
-                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, order_seed=seed, device=device.type,
-                     precision=precision, augment=augment, shapes=shapes, data=fingerprint([images, labels]))
+                     micro_batch=micro_batch, optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip,
+                     schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag, lr_factor=factor, order_seed=seed,
+                     device=device.type, precision=precision, augment=augment, shapes=shapes,
+                     data=fingerprint([images, labels]))
         setup = {name: describe(value) for name, value in setup.items()}
         history = _go_on(resume, parts, setup, said)
     share_weights([*model_tensors(model), *model_tensors(method)])
@@ -356,9 +370,9 @@ def fit(
             started = time.perf_counter()
             row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
             weights = curriculum(model, (images, labels), epoch, augment, world) if curriculum else None
-            shuffled = batches(images, labels, batch_size, seed, epoch, augment, weights, world)
-            sums = _epoch(model, method, opt, shuffled, epoch=epoch, precision=precision,
-                          micro_batch=micro_batch or batch_size, bar=bar)
+            shuffled = partial(batches, images, labels, batch_size, seed, epoch, augment, weights, world)
+            sums = _epoch(model, method, opt, shuffled, epoch=epoch, steps=-(-size // batch_size), clip=clip,
+                          precision=precision, micro_batch=micro_batch or batch_size, bar=bar)
             scheduler.step()
             row |= {name: value / size for name, value in sums.items()}
             if test: row |= _measured(model, method.sigma, *test)
@@ -373,8 +387,9 @@ def fit(
 def _measured(model, sigma, images, labels):
     "Accuracy on at most 1,000 of the images, spread over all."
     few = slice(None, None, -(-len(labels) // 1000))
-    return dict(clean_accuracy=accuracy(model, images[few], labels[few]),
-                noisy_accuracy=accuracy(model, images[few], labels[few], sigma=sigma))
+    measured = dict(clean_accuracy=accuracy(model, images[few], labels[few]))
+    if sigma: measured['noisy_accuracy'] = accuracy(model, images[few], labels[few], sigma=sigma)
+    return measured
 
 # %% ../nbs/10_train.ipynb #b23edfad
 document(__name__)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from rs_toolkit import tables
-from rs_toolkit.catalogue import METHODS, Entry
+from rs_toolkit.catalogue import METHODS, Entry, entries
 from rs_toolkit.common import data_folder
 from rs_toolkit.distribution import open_log
 from rs_toolkit.plots import certified_accuracy_curve, colours
@@ -49,8 +49,8 @@ def test_figures_draw_it_in_its_colour(run, brier):
     assert drawn[run.name] == brier.colour
     assert drawn['24 hours of training'] not in {entry.colour for entry in METHODS.values()}
 
-@pytest.mark.parametrize('key', METHODS)
+@pytest.mark.parametrize('key', entries())
 def test_label_and_key_have_one_colour(key):
-    entry = METHODS[key]
+    entry = entries()[key]
     assert colours([entry.label, entry.key, f'digits-{entry.key}']) == dict.fromkeys(
         [entry.label, entry.key, f'digits-{entry.key}'], entry.colour)

@@ -18,7 +18,7 @@ from forked import execute, forked
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 BOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-RUNS = ['train', 'certify', 'compare', 'benchmark']
+RUNS = ['train', 'train_deterministic', 'certify', 'compare', 'benchmark']
 LIBRARY = [p for p in BOOKS if p.stem not in [*RUNS, 'index']]
 EXPLORERS = [p for p in BOOKS if p.parent.name == 'explore' and p.stem not in ['01_toy', '02_sphere_path']]
 PROGRAMS = sorted([ROOT/'setup.py', *(ROOT/'tests').glob('*.py'), *(ROOT/'tools').glob('*.py')])
@@ -122,7 +122,10 @@ CALLED = ['train.fit', 'certify.certify', 'certify.certify_dataset', 'certify.pr
           'attacks.smoothed_pgd', 'attacks.ddn', 'attacks.sphere_attack',
           'methods.core.Method', 'methods.gaussian.Gaussian', 'methods.stability.Stability', 'methods.macer.MACER',
           'methods.consistency.Consistency', 'methods.smoothmix.SmoothMix', 'methods.catrs.CATRS',
-          'methods.sodm.SODM', 'methods.crt.CRT']
+          'methods.sodm.SODM', 'methods.crt.CRT',
+          'deterministic.verify.verify_dataset', 'deterministic.verify.largest_eps',
+          *(f'deterministic.training.{name}' for name in (
+              'Adversarial', 'NFGSM', 'IBP', 'CCIBP', 'MTLIBP', 'ExpIBP', 'SABR', 'CROWNIBP', 'CCDist', 'ADCert'))]
 
 METHODS = [name for name in CALLED if name.startswith('methods.') and name != 'methods.core.Method']
 

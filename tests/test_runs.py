@@ -117,7 +117,39 @@ def test_certify_theirs(tmp_path):
             dataset='digits', normalization='none', sigma=.5)
     assert record(tmp_path)['sigma'] == .5
 
-@pytest.mark.parametrize('book', ['train', 'certify', 'compare'])
+def test_every_parameter_of_a_run_without_noise_arrives(tmp_path):
+    folder = tmp_path/'run'
+    given = dict(dataset='digits', arch='cnn4', arch_args=dict(width=4), method='cc_dist', method_args=dict(beta=2.),
+                 eps=.05, teacher='', teacher_args=dict(steps=2), teacher_epochs=1, epochs=2, batch_size=200,
+                 optimizer='sgd', lr=.01, weight_decay=1e-4, clip=5., schedule='cosine', lr_drops=[1], lr_factor=.5,
+                 augment='none', normalization='none', train_every=2, seed=3, processes=1, device='cpu',
+                 precision='bfloat16', proofs=['ibp'], attack_steps=3, restarts=1, search=['ibp'], every=60,
+                 out=str(folder))
+    book = nbformat.read(ROOT/'nbs/train_deterministic.ipynb', 4)
+    [parameters] = [c.source for c in book.cells if 'parameters' in c.metadata.get('tags', [])]
+    announced = [line.split(':')[0] for line in parameters.splitlines()]
+    assert announced == list(given), 'the test should pass every parameter'
+    succeed('train_deterministic', folder, **given | dict(eps='5e-2'))
+    assert json.loads((folder/'config.json').read_text())['parameters'] == given
+    asked = read_log(folder/'verify.tsv')
+    largest = read_log(folder/'certify.tsv')
+    assert len(asked) == len(largest) == len(read_log(folder/'teacher.tsv')) == 6
+    for log in asked, largest: assert (log.norm[0], log.seed[0], log.precision[0]) == ('inf', 3, 'float32')
+    assert (asked.eps[0], asked.verifier[0]) == (.05, 'ibp, attack 1x3 by 0.1')
+    assert largest.eps.isna().all() and largest.verifier[0].endswith('largest up to 0.2 within 0.0005')
+    metadata = load(folder).metadata
+    assert (metadata['eps'], metadata['sigma'], metadata['method']) == (.05, 0, 'cc_dist')
+    assert load(folder/'teacher').metadata['method'] == 'adversarial'
+    again = tmp_path/'again'
+    succeed('train_deterministic', again, **given | dict(teacher=str(folder/'teacher'), out=str(again)))
+    assert (again/'history.csv').read_text().splitlines()[0] == (folder/'history.csv').read_text().splitlines()[0]
+    ours = load(folder).state_dict()
+    theirs = load(again).state_dict()
+    for name in ours: torch.testing.assert_close(theirs[name], ours[name])     # of the same teacher, the same student
+    succeed('compare', tmp_path/'both', runs=[str(folder), str(again)], out=str(tmp_path/'both'))
+    assert (tmp_path/'both/table.md').exists()
+
+@pytest.mark.parametrize('book', ['train', 'train_deterministic', 'certify', 'compare'])
 def test_without_arguments(tmp_path, book):
     succeed(book, tmp_path, out=str(tmp_path))                                             # all but where to put it
 

@@ -28,7 +28,7 @@ from rs_toolkit.train import describe, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {'PYTHONPATH': str(ROOT)}
-SHARED = ['easy_data', 'smoothmix', 'catrs', 'sodm']           # draws, buffers, weights and a second network
+SHARED = ['easy_data', 'smoothmix', 'catrs', 'sodm', 'ibp']    # draws, buffers, weights, a second network, a clock
 
 def start(target, *args):
     "A function in a process of its own, which can be killed."

@@ -10,6 +10,7 @@ import torch
 from rs_toolkit.attacks import ddn, smoothed_pgd, sphere_attack
 from rs_toolkit.curriculum import EasyData
 from rs_toolkit.data import load
+from rs_toolkit.deterministic.training import CROWNIBP, IBP, Adversarial, CCDist
 from rs_toolkit.methods.catrs import CATRS
 from rs_toolkit.methods.consistency import Consistency
 from rs_toolkit.methods.core import switch_on, warm_up
@@ -37,7 +38,11 @@ METHODS = {  # the method, and the curriculum
     'sodm': lambda: (SODM(.25, 10, mapping_noise=8, interval=2, num_noise=2), None),
     'crt': lambda: (CRT(.25, build('mlp', 10, 1, 8)), None),
     'easy_data': lambda: (Gaussian(.25, num_noise=2, attack=partial(sphere_attack, eps=.2, steps=2), ramp=switch_on(1)),
-                          EasyData(.25, start=1, threshold=.05, every=2))}
+                          EasyData(.25, start=1, threshold=.05, every=2)),
+    'adversarial': lambda: (Adversarial(.1, steps=2, restarts=2, eps_epochs=2), None),
+    'ibp': lambda: (IBP(.1, lbd=0., l1=1e-5), None),
+    'crown_ibp': lambda: (CROWNIBP(.1, eps_start=1, eps_epochs=3), None),
+    'ccdist': lambda: (CCDist(.1, build('small_cnn', 10, 1, 8)), None)}
 
 def train(out, processes, names):
     "Train with each method named, or go on where it was killed; leave weights and losses."

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from ..common import check_number, document, unknown
 from ..data import check_images, check_labels
-from ..models import Normalize, check_model, device_of, frozen
+from ..models import Normalize, check_model, device_of, exact_float32, frozen
 
 # %% ../../nbs/deterministic/boxes.ipynb #d3d909a5
 class Box(NamedTuple):
@@ -300,12 +300,13 @@ def propagate(
     steps,            # of `read`
     box,              # of the images
     statistics=None,  # of `fixed`: which statistics batch-norms take; None: the running ones
+    rules=RULES,      # type of layer -> its rule; others than these prove nothing
 )->list:              # a box for each step, the image's first; gradients flow
     "The boxes of all layers."
     boxes = [box]
     for step in steps[1:]:
         layer = fixed(step.layer, box.lower, statistics)
-        rule = RULES[entry(layer, RULES)]
+        rule = rules[entry(layer, rules)]
         boxes.append(rule(layer, *(boxes[i] for i in step.inputs)))
     return boxes
 
@@ -315,13 +316,7 @@ def exactly(
     device,  # torch.device
 ):
     "Within the block float32 means float32: no autocast, no TF32."
-    precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    flags = cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
-    torch.set_float32_matmul_precision('highest')
-    try:
-        with torch.autocast(device.type, enabled=False), flags: yield
-    finally: torch.set_float32_matmul_precision(precision)
+    with torch.autocast(device.type, enabled=False), exact_float32(): yield
 
 # %% ../../nbs/deterministic/boxes.ipynb #f87bc970
 @torch.no_grad()

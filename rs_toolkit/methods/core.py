@@ -20,6 +20,7 @@ from ..noise import gaussian_noise, key_seed
 class Method(nn.Module):
     "What to minimise on one batch: named loss terms whose sum is the objective."
     timed = ()          # arguments of a subclass that are epochs or parts of the run: read by `at`
+    noisy = True        # of a subclass: whether it adds noise; without it, sigma is 0
 
     def __init__(self,
         sigma:float,    # noise level, in [0,1]-pixel units
@@ -29,7 +30,7 @@ class Method(nn.Module):
         ramp=None,      # attack strength by epoch: warm_up(10), or a function of the epoch; 0 is off. Default: 1
     ):
         super().__init__()
-        self.sigma = check_sigma(sigma)
+        self.sigma = check_sigma(sigma) if self.noisy else 0.
         self.num_noise = check_samples(num_noise, 'num_noise')
         self.seed = seed
         self.attack = attack
@@ -48,6 +49,15 @@ class Method(nn.Module):
     def start_epoch(self, epoch):
         "Called by `fit` before each epoch, counted from 0."
         self.epoch = epoch
+
+    def meet(self, model, x):
+        "Called by `fit` before the first step: the network, and two images. What does not fit is refused here."
+
+    def start_step(self, step, steps):
+        "Called by `fit` before each step: its number in the epoch, from 0, and how many the epoch has."
+
+    def end_epoch(self, model, data):
+        "Called by `fit` after each epoch; `data()` yields its batches once more, as `data.batches` does."
 
     def at(self, name):
         "The epoch that the argument `name` means in this run; infinity for None."
