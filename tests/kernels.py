@@ -50,7 +50,7 @@ def serve(address):
         door.listen()
         del sys.path[0]                                                   # the folder of this file
         for name in IMPORTED: import_module(name)
-        gc.freeze()                                                       # so a kernel need not look at them when it ends
+        gc.freeze()                                                       # so no kernel looks at them when it ends
         door.settimeout(.02)
         while True:
             report(kernels)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 BOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 RUNS = ['train', 'train_deterministic', 'certify', 'compare', 'benchmark']
-LIBRARY = [p for p in BOOKS if p.stem not in [*RUNS, 'index']]
+LIBRARY = [p for p in BOOKS if p.stem not in [*RUNS, 'index', 'any_model']]
 EXPLORERS = [p for p in BOOKS if p.parent.name == 'explore' and p.stem not in ['01_toy', '02_sphere_path']]
 PROGRAMS = sorted([ROOT/'setup.py', *(ROOT/'tests').glob('*.py'), *(ROOT/'tools').glob('*.py')])
 
