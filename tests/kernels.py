@@ -19,8 +19,9 @@ from pathlib import Path
 from subprocess import Popen
 from tempfile import TemporaryDirectory
 
+# without ipywidgets, which makes itself known to the kernel that imports it
 IMPORTED = ['torch', 'torch._dynamo', 'torchvision', 'accelerate', 'pandas', 'scipy.stats', 'sklearn.datasets',
-            'plotly.graph_objects', 'plotly.io', 'ipywidgets', 'anywidget', 'ipykernel.kernelapp']
+            'plotly.graph_objects', 'plotly.io', 'ipykernel.kernelapp']
 
 # --- the program that Jupyter starts: it imports next to nothing ---
 

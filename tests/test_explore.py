@@ -42,6 +42,7 @@ def browser():
 def kernels_import_the_checkout():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(ROOT))
+        patch.delenv('JUPYTER_PATH', raising=False)               # kernels as people have them
         yield
 
 @pytest.fixture(scope='module')
