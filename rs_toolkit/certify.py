@@ -193,7 +193,7 @@ class Settings:
     @property
     def noise(self): return _Exact(self.sigma) if self.exact_noise else _Usual(self.sigma)
     @property
-    def numbers(self): return self.precision + ' exact'*self.exact_noise      # in words, for the log
+    def numbers(self): return f'{self.precision} exact' if self.exact_noise else self.precision   # words of the log
 
     def alpha_left(self, values):
         "What is left of alpha for the votes on images of so many values."
@@ -552,6 +552,11 @@ def _enough(settings, sides):
         warnings.warn(f"n={n} samples can never decide at alpha={settings.alpha}: every image will abstain. "
                       f"The smallest n that can is {least}", stacklevel=3)
 
+def _planned(procedure, procedure_args, settings, images):
+    "How many samples each image gets, with what is left of alpha for its votes."
+    alpha = settings.alpha_left(math.prod(images.shape[1:]))
+    return plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION], alpha)
+
 # %% ../nbs/05_certify.ipynb #d8eed19f
 def certify(
     model,               # base classifier: [0,1]-images [b, C, H, W] -> logits [b, k]
@@ -573,8 +578,7 @@ def certify(
     images, idx, single = as_batch(x, idx)
     settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
                         batch_size=batch_size, precision=precision, exact_noise=exact_noise)
-    plan = plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION],
-                   settings.alpha_left(math.prod(images.shape[1:])))
+    plan = _planned(procedure, procedure_args, settings, images)
     _enough(settings, 1)
     with interruptible("Nothing is kept of what was begun; certify_dataset(..., log=PATH) keeps each finished image, "
                        "and goes on from there"):
@@ -687,8 +691,7 @@ def certify_dataset(
     images, labels, idx = chosen(images, labels, idx, every)
     settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
                         batch_size=batch_size, precision=precision, exact_noise=exact_noise)
-    plan = plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION],
-                   settings.alpha_left(math.prod(images.shape[1:])))
+    plan = _planned(procedure, procedure_args, settings, images)
     _enough(settings, 1)
     check_labels(labels, len(images), _look(model, images, labels, settings))
     if shared and log is None: raise ValueError("processes share a log: give log=PATH, the same in each of them")
@@ -819,7 +822,7 @@ class _Bar:
         self.left = total
         self.watch = watch
         self.path = path
-        self.shown = 0.
+        self.due = 0.           # when the watcher is to see it again
         self.ours = 0
         self.right = 0
 
@@ -838,10 +841,13 @@ class _Bar:
         self.right += right
         self.bar.set_postfix(correct=f'{self.right/self.ours:.1%}', refresh=False)
         self.bar.update()
-        now = time.perf_counter()
-        if self.watch and (now - self.shown > 5 or not self.left):
-            self.shown = now
-            self.watch(so_far(self.path))
+        if self.watch and (time.perf_counter() > self.due or not self.left): self._show()
+
+    def _show(self):
+        began = time.perf_counter()
+        self.watch(so_far(self.path))
+        ended = time.perf_counter()
+        self.due = ended + max(5, 20*(ended - began))             # reading many parts takes a twentieth of the time
 
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()

@@ -42,6 +42,7 @@ REACH = 9.5      # standard deviations
 @lru_cache(maxsize=16)
 def noise_table(
     sigma:float,     # noise level
+    device='cpu',    # where it is looked up
 )->torch.Tensor:     # int64 [2 * reach]: 2^63 P(noise <= k) for k = -reach ... reach - 1, in steps
     "The sums of the probabilities of rounded noise."
     step = 1/(check_sigma(sigma)*STEPS)                                                # in standard deviations
@@ -51,7 +52,7 @@ def noise_table(
     masses = np.exp(-at*at/2) @ weights*step/np.sqrt(8*np.pi)
     lower = np.cumsum(np.rint(masses*2.**BITS).astype(np.int64))
     upper = np.iinfo(np.int64).max - lower[::-1]                                       # P(k) = 1 - P(-k-1)
-    return torch.from_numpy(np.concatenate([lower, upper]))
+    return torch.from_numpy(np.concatenate([lower, upper])).to(device)
 
 def total_variation(
     sigma:float,     # noise level
@@ -68,7 +69,7 @@ def fill_whole(
     counter:int=0,   # as in `key_seed`
 ):                   # `out`: steps of the grid
     "Rounded Gaussian noise that depends on key and noise level alone (and on the device type)."
-    table = noise_table(float(sigma)).to(out.device)
+    table = noise_table(float(sigma), out.device)
     out.random_(generator=torch.Generator(out.device).manual_seed(key_seed(*key, counter=counter)))
     return out.copy_(torch.searchsorted(table, out, right=True)).sub_(len(table)//2)
 

@@ -30,12 +30,12 @@ def announced_by(book):
 PARAMETERS = announced_by('train')
 ANNOUNCED = [line.split(':')[0] for line in PARAMETERS.splitlines()]
 
-def asked(given):
+def asked(given, announced=PARAMETERS, checks=CHECKS):
     "The configuration of a run that papermill gives these values."
-    cells = ['', PARAMETERS, PythonTranslator.codify(given, 'Parameters')]
+    cells = ['', announced, PythonTranslator.codify(given, 'Parameters')]
     space = {}
     for source in cells: exec(source, space)
-    return parameters(cells, space, CHECKS)
+    return parameters(cells, space, checks)
 
 def prepare(given):
     "What train.ipynb does before the run has a folder: parts, images, teacher."

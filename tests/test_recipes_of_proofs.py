@@ -1,13 +1,12 @@
 """Every recipe of train_deterministic.ipynb is one that it accepts and builds as it says."""
 import pytest
 import torch
-from papermill.translators import PythonTranslator
 from test_recipes import ROOT, announced_by, name, read
+from test_recipes import asked as asked_of
 
 from rs_toolkit.models import model_names
 from rs_toolkit.recipe import (CHECKS_OF_PROOFS, Task, choose_parts, find_teacher, introduce, plain_objective,
                                without_noise)
-from rs_toolkit.run import parameters
 
 RECIPES = sorted((ROOT/'recipes').rglob('*_eps*.yaml'))
 PUBLISHED = [p for p in RECIPES if p.parent.name != 'digits']
@@ -15,12 +14,7 @@ PARAMETERS = announced_by('train_deterministic')
 ANNOUNCED = [line.split(':')[0] for line in PARAMETERS.splitlines()]
 STAND_IN = dict(teacher=torch.nn.Identity(), num_classes=2)
 
-def asked(given):
-    "The configuration of a run that papermill gives these values."
-    cells = ['', PARAMETERS, PythonTranslator.codify(given, 'Parameters')]
-    space = {}
-    for source in cells: exec(source, space)
-    return parameters(cells, space, CHECKS_OF_PROOFS)
+def asked(given): return asked_of(given, PARAMETERS, CHECKS_OF_PROOFS)
 
 def prepare(given):
     "What the notebook does before the run has a folder."
