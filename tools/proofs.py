@@ -1,0 +1,63 @@
+"""Evidence for certificates without noise: every loss on digits, and the front of accuracy against proofs on MNIST.
+
+    python tools/proofs.py digits                 (half an hour on one core)
+    python tools/proofs.py images FOLDER          (makes data/cache/mnist-t10k from the two t10k files in FOLDER)
+    python tools/proofs.py mnist                  (two hours on one core)
+
+Runs go into runs/proofs; what is finished there is not made again.
+"""
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from recipes import ROOT, run
+
+RUNS = Path('runs/proofs')
+BOOK = 'train_deterministic'
+LOSSES = ['ibp', 'cc_ibp', 'mtl_ibp', 'exp_ibp', 'sabr', 'crown_ibp', 'cc_dist']
+ALPHAS = [.1, .3, .5, .7, .9]
+
+def digits(seeds=3):
+    "Every loss, and the teacher of the last one."
+    for seed in range(seeds):
+        teacher = RUNS/f'digits/adversarial/{seed}'
+        run(BOOK, 'digits/adversarial_eps0.1', teacher, seed=seed)
+        for loss in LOSSES:
+            found = {'teacher': str(teacher)} if loss == 'cc_dist' else {}
+            run(BOOK, f'digits/{loss}_eps0.1', RUNS/f'digits/{loss}/{seed}', seed=seed, **found)
+
+def images(folder):
+    "Image files of MNIST's test split: every fifth of each class is for testing, the others are for training."
+    def values(name, start): return np.frombuffer(gzip.decompress((Path(folder)/name).read_bytes())[start:], np.uint8)
+    pixels = values('t10k-images-idx3-ubyte.gz', 16).reshape(-1, 28, 28)
+    labels = values('t10k-labels-idx1-ubyte.gz', 8)
+    for label in range(10):
+        for place, i in enumerate(np.flatnonzero(labels == label)):
+            split = 'test' if place % 5 == 0 else 'train'
+            file = ROOT/'data/cache/mnist-t10k'/split/str(label)/f'{i:05}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(file)
+
+def mnist(seeds=2):
+    "The front: networks with and without a robust teacher, each with every alpha."
+    for seed in range(seeds):
+        def one(method, name, seed=seed, **given):
+            out = RUNS/f'mnist/{name}/{seed}'
+            run(BOOK, f'mnist-t10k/{method}_eps0.1', out, seed=seed, **given)
+            return str(out)
+
+        teacher = one('adversarial', 'adversarial')
+        one('ibp', 'ibp')
+        one('sabr', 'sabr')
+        for alpha in ALPHAS:
+            one('cc_ibp', f'cc_ibp-{alpha}', method_args={'alpha': alpha})
+            one('cc_dist', f'cc_dist-{alpha}', method_args={'alpha': alpha}, teacher=teacher)
+
+PLANS = {'digits': digits, 'images': images, 'mnist': mnist}
+
+if __name__ == '__main__':
+    name, *rest = sys.argv[1:]
+    PLANS[name](*rest)

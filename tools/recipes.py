@@ -1,0 +1,17 @@
+"""What tools share that make runs from recipes."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def run(book, recipe, out, **given):
+    "Run a recipe with a run notebook; `given` are parameters that win over it. What is finished is left alone."
+    folder = ROOT/out
+    if (folder/'metrics.json').exists(): return
+    folder.mkdir(parents=True, exist_ok=True)
+    print(out, flush=True)
+    command = [sys.executable, '-m', 'papermill', f'nbs/{book}.ipynb', f'{out}/executed.ipynb', '--no-progress-bar',
+               '-f', f'recipes/{recipe}.yaml', '-y', json.dumps(given | {'out': str(out), 'device': 'cpu'})]
+    subprocess.run(command, cwd=ROOT, check=True)
