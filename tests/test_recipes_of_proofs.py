@@ -9,7 +9,7 @@ from rs_toolkit.recipe import (CHECKS_OF_PROOFS, Task, choose_parts, find_teache
                                without_noise)
 
 RECIPES = sorted((ROOT/'recipes').rglob('*_eps*.yaml'))
-OURS = ('digits', 'mnist-t10k')        # settings of our own, for a laptop
+OURS = ('digits', 'mnist-t10k', 'cifar10-jpeg')        # settings of our own, for a laptop
 PUBLISHED = [p for p in RECIPES if p.parent.name not in OURS]
 PARAMETERS = announced_by('train_deterministic')
 ANNOUNCED = [line.split(':')[0] for line in PARAMETERS.splitlines()]
