@@ -5,6 +5,10 @@ def move(explorer, **values):
     "Set controls, one after the other. An exception in a callback comes out here."
     for name, value in values.items(): explorer.controls[name].value = value
 
+def move_to(explorer, view):
+    "Look at other panels."
+    explorer.toggle.value = view
+
 def clamps(explorer, name, wild):
     "The value that a control makes of a wild one."
     move(explorer, **{name: wild})

@@ -2,37 +2,45 @@
 import numpy as np
 import pytest
 
-from explorer import clamps, complains, move, shown
+from explorer import clamps, complains, move, move_to, shown
 from rs_toolkit.bounds import certified_radius, constant_acr, fewest_votes, lower_bound, max_radius, sensitivity
 from rs_toolkit.bounds import trivial_budget, vote_value
+from rs_toolkit.explore.core import EVERY
 from rs_toolkit.explore.radius import RadiusExplorer
 
-def check_radius(e, sigma=1., n=100_000, alpha=.001, share=.99, acr=.534, num_classes=10):
+def check_radius(e, sigma=1., n=100_000, alpha=.001, share=.99, votes=None, scale='share', acr=.534, num_classes=10):
     "Every line of the picture against the statistics."
+    move_to(e, EVERY)
     t = shown(e)
-    votes = round(share * n)
-    k = np.rint(t['radius'].x * n)
+    if votes is None: votes = round(share * n)
+    def share_at(x): return 1 - np.array(x) if scale == 'nines' else np.array(x)          # of an axis of votes
+    k = np.rint(t['bound'].x * -n + n)
+    np.testing.assert_allclose(share_at(t['radius'].x)[:-1], k[:-1] / n)
+    np.testing.assert_allclose(t['slope'].x, t['radius'].x)
+    k[-1] = n
     bound = lower_bound(k, n, alpha)
     now = lower_bound(votes, n, alpha)
     np.testing.assert_allclose(t['radius'].y, certified_radius(bound, sigma))
     np.testing.assert_allclose(t['slope'].y, vote_value(k, n, alpha, sigma))
     np.testing.assert_allclose(t['bound'].y, 1 - bound)
-    np.testing.assert_allclose(t['bound'].x[:-1], 1 - k[:-1]/n)
     np.testing.assert_allclose(t['ceiling'].y, max_radius(sigma, n, alpha))
-    np.testing.assert_allclose([t['radius now'].x[0], t['radius now'].y[0]], [votes/n, certified_radius(now, sigma)])
+    np.testing.assert_allclose(t['radius now'].y, certified_radius(now, sigma))
+    if votes < n: np.testing.assert_allclose(share_at(t['radius now'].x), votes/n)
     np.testing.assert_allclose(t['slope now'].y, vote_value(votes, n, alpha, sigma))
     np.testing.assert_allclose(t['bound now'].y, 1 - now)
-    np.testing.assert_allclose(t['radius if known'].y, certified_radius(t['radius if known'].x, sigma))
-    np.testing.assert_allclose(t['slope if known'].y, sensitivity(t['slope if known'].x, sigma))
+    np.testing.assert_allclose(t['radius if known'].y, certified_radius(share_at(t['radius if known'].x), sigma))
+    np.testing.assert_allclose(t['slope if known'].y, sensitivity(share_at(t['slope if known'].x), sigma))
     np.testing.assert_allclose(t['constant'].y, constant_acr(t['constant'].x, sigma, num_classes, alpha))
     np.testing.assert_allclose(t['this N'].y[1], max_radius(sigma, n, alpha) / num_classes)
-    assert t['radius zone'].x[1] == t['slope zone'].x[1] == min(1, fewest_votes(n, alpha) / n)
+    edge = min(1, fewest_votes(n, alpha) / n)
+    np.testing.assert_allclose([share_at(t[f'{name} zone'].x[1]) for name in ('radius', 'slope')], edge, atol=1e-7)
     assert set(t['to beat'].y) == {acr}
     budget = trivial_budget(acr, sigma, num_classes, alpha)
     assert t['needed N'].x[0] == min(budget, 1e10) and t['needed N'].y[1] == (acr if budget <= 1e10 else None)
     assert 'role="status"' in e.words.value and f'{votes:,} of {n:,}' in e.words.value
 
-MOVES = dict(sigma=.5, n=1000, alpha=1e-6, share=.76, acr=.35, num_classes=2)
+MOVES = dict(sigma=.5, n=1000, alpha=1e-6, share=.76, votes=98_765, scale='nines', acr=.35, num_classes=2)
+TOGETHER = {name: value for name, value in MOVES.items() if name != 'votes'}
 
 @pytest.mark.parametrize('control', MOVES)
 def test_every_control_moves_the_picture(control):
@@ -45,10 +53,23 @@ def test_every_control_moves_the_picture(control):
     assert e.fig.to_json() != before
 
 def test_all_controls_together():
-    e = RadiusExplorer(**MOVES)
-    check_radius(e, **MOVES)
+    e = RadiusExplorer(**TOGETHER)
+    check_radius(e, **TOGETHER)
     move(e, **RadiusExplorer().values)
     check_radius(e)
+
+def test_votes_and_share_follow_each_other():
+    e = RadiusExplorer()
+    for typed, share in (98_765, .988), (100_000, 1.), (99_991, .99991):
+        move(e, votes=typed)
+        assert e.values['share'] == pytest.approx(share)
+        assert f'{typed:,} of 100,000' in e.words.value
+    move(e, share=.9, n=1000)
+    assert e.values['votes'] == 900
+    move(e, votes=1001)
+    assert complains(e, '1,001 votes of N = 1,000')
+    move(e, votes=1000)
+    check_radius(e, n=1000, share=1.)
 
 @pytest.mark.parametrize('n', [10, 16, 100, 10_000_000])
 @pytest.mark.parametrize('alpha', [1e-6, .1])
@@ -58,7 +79,8 @@ def test_corners(n, alpha, share):
     for sigma in [.05, 1.]:
         e = RadiusExplorer(sigma=sigma, n=n, alpha=alpha, share=share)
         check_radius(e, sigma, n, alpha, share)
-        assert e.fig.layout.yaxis.range[1] > e.controls['sigma'].value * max_radius(1., n, alpha)
+        ceiling = sigma * max_radius(1., n, alpha)
+        assert ceiling < e.fig.layout.yaxis.range[1] <= 10.4 * sigma, 'the axis follows sigma'
         slope = shown(e)['slope'].y
         low, high = 10**np.array(e.fig.layout.yaxis2.range, float)
         assert not (slope < low).any() and not (slope > high).any()

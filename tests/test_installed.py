@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ['data/README.md', 'data/digits-gaussian/model.safetensors', 'data/published/sodm_table1.csv',
            'recipes/digits/crt_0.5.yaml', 'nbs/train.ipynb', 'nbs/certify.ipynb', 'nbs/compare.ipynb',
-           'nbs/benchmark.ipynb', 'nbs/05_certify.ipynb', 'nbs/explore/radius.ipynb', 'nbs/explore/images/radius.png']
+           'nbs/benchmark.ipynb', 'nbs/05_certify.ipynb', 'nbs/explore/radius.ipynb',
+           'nbs/explore/how/radius.ipynb', 'nbs/explore/images/radius.png']
 
 def run(*command, cwd, **env):
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=env or None, capture_output=True, text=True)

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 BOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 RUNS = ['train', 'train_deterministic', 'certify', 'compare', 'benchmark']
-LIBRARY = [p for p in BOOKS if p.stem not in [*RUNS, 'index', 'any_model']]
-EXPLORERS = [p for p in BOOKS if p.parent.name == 'explore' and p.stem not in ['01_toy', '02_sphere_path']]
+PAGES = [p for p in BOOKS if p.parent.name == 'explore' and not p.stem[0].isdigit()]         # they run in a browser
+LIBRARY = [p for p in BOOKS if p not in PAGES and p.stem not in [*RUNS, 'index', 'any_model']]
+HOW = [p for p in BOOKS if p.parent.name == 'how']
 PROGRAMS = sorted([ROOT/'setup.py', *(ROOT/'tests').glob('*.py'), *(ROOT/'tools').glob('*.py')])
 
 def named(path): return str(path.relative_to(ROOT).with_suffix(''))
@@ -63,8 +64,8 @@ def test_notebook_form(path):
     assert nb.metadata.kernelspec.name == 'python3'
     assert 'widgets' not in nb.metadata
     outputs = [output for cell in code_cells(path) for output in cell.outputs]
-    if path.stem in RUNS or path in EXPLORERS:
-        assert outputs == [], 'run notebooks and explorers are committed without outputs'
+    if path.stem in RUNS or path in PAGES or path in HOW:
+        assert outputs == [], 'run notebooks and pages of the laboratory are committed without outputs'
     assert [output for output in outputs if output.output_type == 'error'] == []
 
 @each_book
