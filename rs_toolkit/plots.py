@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_COLOURS', 'DASHES', 'MEASURED', 'show_as_png', 'colours', 'dashes', 'common_look', 'layout', 'name_ends',
            'apart', 'certified_accuracy_curve', 'p_a_survival_curve', 'p_a_difference_curve', 'training_curves',
-           'certifying', 'box_growth', 'LiveFigure']
+           'certifying', 'box_growth', 'front', 'LiveFigure']
 
 # %% ../nbs/07_plots.ipynb #a8bd6b34
 import os
@@ -268,6 +268,29 @@ def box_growth(
     name_ends(fig, ends, gap=.06*(ticks[-1] - ticks[0]))
     return layout(fig, title, margin_b=120, yaxis=dict(
         title='width of the box / spread of the images', tickvals=ticks, ticktext=[f'{10**t:g}' for t in ticks]))
+
+# %% ../nbs/07_plots.ipynb #e8174026
+def front(
+    networks:pd.DataFrame,  # a row per network: method, its setting alpha (nan: it has none), and what is compared
+    across:str,             # column of shares for x
+    up:str,                 # column of shares for y
+    title='',               # the finding
+)->go.Figure:
+    "What is gained in one share against what is paid in another: a line per method through its settings."
+    means = networks.groupby(['method', 'alpha'], dropna=False)[[across, up]].mean().reset_index()
+    colour = colours(means.method.unique())
+    fig = go.Figure()
+    ends = []
+    for name, line in means.groupby('method'):
+        settings = [f'alpha {alpha:g}' if alpha == alpha else '' for alpha in line.alpha]
+        fig.add_scatter(x=line[across], y=line[up], name=name, mode='lines+markers+text', text=settings,
+                        textposition='bottom center', textfont_size=11, marker_size=8,
+                        line=dict(color=colour[name], width=2), hovertemplate='%{x:.1%}, %{y:.1%} %{text}')
+        ends.append((name, line[across].iloc[-1], line[up].iloc[-1], colour[name]))
+    span = np.ptp(means[up])
+    name_ends(fig, ends, gap=.06*span)
+    axis = dict(tickformat='.1%')
+    return layout(fig, title, hovermode='closest', xaxis=dict(title=across, **axis), yaxis=dict(title=up, **axis))
 
 # %% ../nbs/07_plots.ipynb #42b2fffd
 class LiveFigure:

@@ -4,17 +4,23 @@
     python tools/proofs.py images FOLDER          (makes data/cache/mnist-t10k from the two t10k files in FOLDER)
     python tools/proofs.py mnist                  (two hours on one core)
     python tools/proofs.py cifar10                (two hours on one core)
+    python tools/proofs.py keep                   (logs of what is finished, and one table, into data/proofs)
 
 Runs go into runs/proofs; what is finished there is not made again.
 """
 import gzip
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from recipes import ROOT, run
+from rs_toolkit.catalogue import entries
+from rs_toolkit.deterministic.verify import accuracies
+from rs_toolkit.log import read_log
 
 RUNS = Path('runs/proofs')
 BOOK = 'train_deterministic'
@@ -69,7 +75,28 @@ def cifar10():
     one('cc_dist', teacher=teacher)
     one('ibp')
 
-PLANS = {'digits': digits, 'images': images, 'mnist': mnist, 'cifar10': cifar10}
+def keep():
+    "Logs of all finished runs, and a row per network."
+    rows = []
+    for finished in sorted((ROOT/RUNS).glob('*/*/*/metrics.json')):
+        folder = finished.parent
+        place = ROOT/'data/proofs'/folder.parent.relative_to(ROOT/RUNS)
+        place.mkdir(parents=True, exist_ok=True)
+        log = gzip.compress((folder/'verify.tsv').read_bytes(), mtime=0)
+        (place/f'{folder.name}.tsv.gz').write_bytes(log)
+        rows.append(row(folder))
+    pd.DataFrame(rows).round(6).to_csv(ROOT/'data/proofs/networks.csv', index=False)
+
+def row(folder):
+    "What is known of one network."
+    record = json.loads((folder/'metrics.json').read_text())
+    asked = json.loads((folder/'config.json').read_text())['parameters']
+    shares = accuracies({'network': read_log(folder/'verify.tsv')}).loc['network']
+    return {'data': folder.parts[-3], 'method': entries()[asked['method']].label,
+            'alpha': asked['method_args'].get('alpha'), 'seed': asked['seed'], 'images': record['images'],
+            **shares}
+
+PLANS = {'digits': digits, 'images': images, 'mnist': mnist, 'cifar10': cifar10, 'keep': keep}
 
 if __name__ == '__main__':
     name, *rest = sys.argv[1:]
