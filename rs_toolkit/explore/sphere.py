@@ -22,7 +22,7 @@ import torch
 from plotly.subplots import make_subplots
 
 # %% ../../nbs/explore/sphere.ipynb #f905d3c0
-from . import checkpoint
+from .. import checkpoint
 from ..catalogue import METHODS
 from ..common import data_folder, document
 from ..data import CRAFTING, image_keys, load
