@@ -12,8 +12,9 @@ import copy
 import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -27,14 +28,15 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from .bounds import certified_radius, lower_bound, min_samples, round_down, two_sided_p
+from .bounds import l2_ball, lower_bound, min_samples, round_down, two_sided_p
 from .common import check_alpha, check_samples, check_sigma, document, interruptible, plain_number, unknown
 from .data import Items, check_images, check_labels, fingerprint, some_images
 from .exact_noise import off_grid, on_grid, total_variation, whole_chunk
-from .log import LogWriter, read_log
+from .log import DEFAULTS, LogWriter, read_log
 from .models import (answers, check_model, device_of, exact_float32, for_any_number, frozen, is_scripted,
                                model_tensors, weights_hash)
-from .noise import CHUNK, ESTIMATION, PREDICTION, SELECTION, as_logits, gaussian_noise, noise_chunk
+from .noise import (CHUNK, ESTIMATION, PREDICTION, SELECTION, SMOOTHINGS, as_logits, fill_normal,
+                              gaussian_noise, noise_chunk)
 from .sequential import PROCEDURES, Fixed, Procedure, Standing
 from .share import collect, share, so_far
 
@@ -46,7 +48,7 @@ ABSTAIN = -1
 class Certificate:
     "What we can promise about one image (CERTIFY of Cohen et al., 2019)."
     prediction: int    # class of the smoothed classifier, or ABSTAIN
-    radius: float      # no l2 change smaller than this alters the prediction; rounded down, 0 when abstaining
+    radius: float      # no change smaller than this alters the prediction; rounded down, 0 when abstaining
     p_a_lower: float   # lower confidence bound on the chosen class's probability
     counts: tuple      # votes per class in the estimation sample
     n0: int            # samples that chose the class
@@ -57,17 +59,19 @@ class Certificate:
     procedure: str = 'fixed'   # how `n` came about, with the options of the procedure (`00_sequential`)
     stop: str = 'end'          # why no more samples were drawn, a key of `sequential.STOPS`
     u: float = 1.              # random number of a randomised bound; 1: not randomised
+    norm: str = '2'            # of the change: 1, 2 or inf
 
     @classmethod
-    def from_counts(cls, selection, estimation, sigma, alpha):
-        "The certificate that two samples of votes give; ties go to the lowest class."
+    def from_counts(cls, selection, estimation, sigma, alpha, ball=None):
+        "The certificate that two samples of votes give; ties go to the lowest class. Without a ball, that of l2."
+        ball = ball or l2_ball(sigma)
         top = int(np.argmax(selection))
         n = int(estimation.sum())
         p = float(lower_bound(estimation[top], n, alpha))
         sure = p >= .5
-        radius = float(round_down(certified_radius(p, sigma))) if sure else 0.
+        radius = float(round_down(ball.radius(p))) if sure else 0.
         return cls(prediction=top if sure else ABSTAIN, radius=radius, p_a_lower=p, counts=tuple(estimation.tolist()),
-                   n0=int(selection.sum()), n=n, alpha=alpha, sigma=sigma, selected=top)
+                   n0=int(selection.sum()), n=n, alpha=alpha, sigma=sigma, selected=top, norm=ball.norm)
 
     @classmethod
     def from_standing(cls, procedure, at, votes, selected):
@@ -78,7 +82,7 @@ class Certificate:
         return cls(prediction=selected if sure else ABSTAIN, radius=radius, p_a_lower=p,
                    counts=tuple(votes[1].tolist()), n0=int(votes[0].sum()), n=int(at.n),
                    alpha=procedure.alpha, sigma=procedure.sigma, selected=selected,
-                   procedure=_named(procedure, at.u), stop=str(at.stop), u=float(at.u))
+                   procedure=_named(procedure, at.u), stop=str(at.stop), u=float(at.u), norm=procedure.ball.norm)
 
 def _named(procedure, u):
     "A procedure as a log writes it."
@@ -182,6 +186,7 @@ class Settings:
     batch_size: int = None     # noisy images per forward pass; None: what suits the device
     precision: str = 'float32' # of the forward pass
     exact_noise: bool = False  # images and noise are rounded to a grid, and added without error (`01_exact_noise`)
+    norm: str = '2'            # of the ball that is certified: names the noise, too (`noise.SMOOTHINGS`)
 
     def __post_init__(self):
         for name, value in _plain(self).items(): object.__setattr__(self, name, value)
@@ -191,9 +196,14 @@ class Settings:
     @property
     def per_image(self): return self.ends[-1]
     @property
-    def noise(self): return _Exact(self.sigma) if self.exact_noise else _Usual(self.sigma)
+    def noise(self):
+        return _Exact(self.sigma) if self.exact_noise else _Usual(self.sigma, SMOOTHINGS[self.norm].fill)
     @property
     def numbers(self): return f'{self.precision} exact' if self.exact_noise else self.precision   # words of the log
+
+    def ball(self, values):
+        "What votes on images of so many values protect."
+        return SMOOTHINGS[self.norm].ball(self.sigma, values)
 
     def alpha_left(self, values):
         "What is left of alpha for the votes on images of so many values."
@@ -218,10 +228,15 @@ def _plain(settings):
         warnings.warn(f"sigma={sigma:g} is in [0,1]-pixel units, and the whole range of a pixel is 1: for a noise "
                       f"level in 0-255 units give sigma={sigma/255:.3g}", stacklevel=5)
     if settings.precision not in PRECISIONS: raise unknown('precision', settings.precision, PRECISIONS)
+    norm = settings.norm if isinstance(settings.norm, str) else f'{settings.norm:g}'          # 1, 2, math.inf
+    if norm not in SMOOTHINGS: raise unknown('norm', norm, SMOOTHINGS)
+    if settings.exact_noise and SMOOTHINGS[norm].fill is not fill_normal:
+        raise ValueError(f"exact noise is Gaussian, and balls of the norm {norm} take another noise: "
+                         "leave one of the two out")
     given = settings.batch_size
     return dict(sigma=sigma, alpha=check_alpha(settings.alpha), seed=plain_number(settings.seed),
                 phases={phase: check_samples(size, names[phase]) for phase, size in settings.phases.items()},
-                exact_noise=bool(settings.exact_noise),
+                exact_noise=bool(settings.exact_noise), norm=norm,
                 batch_size=None if given is None else check_samples(given, 'batch_size'))
 
 # %% ../nbs/05_certify.ipynb #57e5fbfa
@@ -229,10 +244,11 @@ def _plain(settings):
 class _Usual:
     "Drawn and added in float32."
     sigma: float
+    draw: Callable
     dtype = torch.float32                                          # whatever the default type
 
     def of(self, image): return image
-    def fill(self, out, *which): noise_chunk(out, *which)
+    def fill(self, out, *which): noise_chunk(out, *which, self.draw)
     def add(self, image, noise, out): torch.add(image, noise, alpha=self.sigma, out=out)
     def distance(self, values): return 0.
 
@@ -369,17 +385,18 @@ def plan_of(
     sigma:float,          # noise level
     n:int,                # samples at most
     alpha:float,          # chance that a certificate is wrong
+    ball=None,            # what a share of votes protects; None: the l2 ball of Gaussian noise
 )->Plan:
     "What was asked for, checked before any work."
     if procedure not in PROCEDURES: raise unknown('procedure', procedure, PROCEDURES)
     kind = PROCEDURES[procedure]
-    known = [field.name for field in fields(kind) if field.name not in ('sigma', 'n', 'alpha')]
+    known = kind.options()
     if kind.coin: known.append('randomized')
     options = dict(procedure_args or {})
     for name in options:
         if name not in known: raise unknown(f'option of the procedure {procedure}', name, known)
     randomized = bool(options.pop('randomized', False))
-    return Plan(kind(sigma, n, alpha, **options), randomized)
+    return Plan(kind(sigma, n, alpha, ball=ball, **options), randomized)
 
 # %% ../nbs/05_certify.ipynb #5e91a005
 @dataclass(eq=False)
@@ -525,7 +542,8 @@ def _certificates(model, images, idx, settings, plan):
     "Yields, image by image, its certificate."
     if plan.plain:
         counted = count_votes(model, images, idx, settings)
-        found = (Certificate.from_counts(*votes, settings.sigma, plan.procedure.alpha) for votes in counted)
+        rule = plan.procedure
+        found = (Certificate.from_counts(*votes, rule.sigma, rule.alpha, rule.ball) for votes in counted)
     else: found = followed(model, images, idx, settings, plan)
     for certificate in found: yield replace(certificate, alpha=settings.alpha)      # of which the noise has a part
 
@@ -554,8 +572,9 @@ def _enough(settings, sides):
 
 def _planned(procedure, procedure_args, settings, images):
     "How many samples each image gets, with what is left of alpha for its votes."
-    alpha = settings.alpha_left(math.prod(images.shape[1:]))
-    return plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION], alpha)
+    values = math.prod(images.shape[1:])
+    return plan_of(procedure, procedure_args, settings.sigma, settings.phases[ESTIMATION],
+                   settings.alpha_left(values), settings.ball(values))
 
 # %% ../nbs/05_certify.ipynb #d8eed19f
 def certify(
@@ -571,13 +590,14 @@ def certify(
     batch_size=None,     # noisy images per forward pass; 100 on a CPU, 1000 on a GPU
     precision='float32', # or bfloat16, float16: forward passes under autocast
     exact_noise=False,   # for images of 8 bits: sound to the last bit, and slower (`01_exact_noise`)
+    norm='2',            # of the ball: 2; 1, with uniform noise; inf, by what the l2 ball contains (`00_bounds`)
     procedure='fixed',   # or sequential, anytime, pilot (`00_sequential`): each image draws what it needs, n at most
     procedure_args=None, # its options, such as dict(radii=[0, .25, .5]) or dict(tol=.05)
 )->Certificate:          # a list of them for a batch
-    "Largest l2 radius around `x` in which the smoothed classifier provably keeps its prediction (Cohen et al., 2019)."
+    "Largest radius around `x` in which the smoothed classifier provably keeps its prediction (Cohen et al., 2019)."
     images, idx, single = as_batch(x, idx)
-    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
-                        batch_size=batch_size, precision=precision, exact_noise=exact_noise)
+    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed, batch_size=batch_size,
+                        precision=precision, exact_noise=exact_noise, norm=norm)
     plan = _planned(procedure, procedure_args, settings, images)
     _enough(settings, 1)
     with interruptible("Nothing is kept of what was begun; certify_dataset(..., log=PATH) keeps each finished image, "
@@ -644,11 +664,12 @@ def predict(
     batch_size=None,     # as in `certify`
     precision='float32', # as in `certify`
     exact_noise=False,   # as in `certify`
+    norm='2',            # as in `certify`: its noise is that of the smoothed classifier
 )->int:                  # class or ABSTAIN; a list for a batch
     "Prediction of the smoothed classifier (PREDICT of Cohen et al., 2019)."
     images, idx, single = as_batch(x, idx)
-    settings = Settings(sigma, {PREDICTION: n}, alpha=alpha, seed=seed,
-                        batch_size=batch_size, precision=precision, exact_noise=exact_noise)
+    settings = Settings(sigma, {PREDICTION: n}, alpha=alpha, seed=seed, batch_size=batch_size,
+                        precision=precision, exact_noise=exact_noise, norm=norm)
     alpha = settings.alpha_left(math.prod(images.shape[1:]))
     _enough(settings, 2)
     classes = [top_class(votes[0], alpha) for votes in count_votes(model, images, idx, settings)]
@@ -677,6 +698,7 @@ def certify_dataset(
     batch_size=None,     # as in `certify`
     precision='float32', # as in `certify`
     exact_noise=False,   # as in `certify`
+    norm='2',            # as in `certify`
     procedure='fixed',   # as in `certify`: belongs to the log, as `n` does
     procedure_args=None, # as in `certify`
     every=1,             # certify images 0, every, 2*every ... of the split: all classes, never a prefix
@@ -689,8 +711,8 @@ def certify_dataset(
 ):                       # DataFrame in the columns of `read_log`
     "Certify a data set; a run that was interrupted goes on where it was."
     images, labels, idx = chosen(images, labels, idx, every)
-    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed,
-                        batch_size=batch_size, precision=precision, exact_noise=exact_noise)
+    settings = Settings(sigma, {SELECTION: n0, ESTIMATION: n}, alpha=alpha, seed=seed, batch_size=batch_size,
+                        precision=precision, exact_noise=exact_noise, norm=norm)
     plan = _planned(procedure, procedure_args, settings, images)
     _enough(settings, 1)
     check_labels(labels, len(images), _look(model, images, labels, settings))
@@ -739,8 +761,10 @@ def _setup(model, images, settings, split, plan):
     else: weights = '' if said else uuid4().hex[:12]
     most = settings.phases[ESTIMATION]
     drawn = dict(n=most) if plan.plain else dict(budget=most, procedure=str(plan))
-    return drawn | dict(n0=settings.phases[SELECTION], alpha=settings.alpha, sigma=settings.sigma, seed=settings.seed,
-                        precision=settings.numbers, split=split, device=device.type, weights=weights, answers=said)
+    other = {} if settings.norm == DEFAULTS['norm'] else dict(norm=settings.norm)
+    return drawn | other | dict(n0=settings.phases[SELECTION], alpha=settings.alpha, sigma=settings.sigma,
+                                seed=settings.seed, precision=settings.numbers, split=split, device=device.type,
+                                weights=weights, answers=said)
 
 # %% ../nbs/05_certify.ipynb #462cae71
 def _look(model, images, labels, settings):

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .bounds import certified_radius, lower_bound, round_down
+from .bounds import lower_bound, round_down
 from .common import check_samples, document, locate
 from .log import read_log
-from .metrics import check_comparable, recertify, setting
+from .metrics import ball_of, check_comparable, recertify, setting
 
 # %% ../nbs/14_distribution.ipynb #8f764ad1
 def log_of(
@@ -116,7 +116,7 @@ def outcome(
 def _outcome(log, votes, n, alpha, p_a, projected):
     bound = lower_bound(votes, n, setting(log, 'alpha') if alpha is None else alpha)
     right = (bound >= .5) & (log.selected == log.label).to_numpy(bool)
-    radius = round_down(certified_radius(bound, setting(log, 'sigma')))
+    radius = round_down(ball_of(log).radius(bound))
     return Outcome(p_a, np.where(right, radius, -np.inf), bound < .5, projected)
 
 # %% ../nbs/14_distribution.ipynb #1a0342c1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SETUP', 'INTEGERS', 'FLOATS', 'BOUNDED', 'BOUNDED_SETUP', 'NORMS', 'REFUTED', 'STOPPED', 'STOPPED_SETUP',
-           'DTYPES', 'columns_of', 'setup_names', 'read_log', 'LogWriter', 'merge_logs']
+           'DEFAULTS', 'DTYPES', 'columns_of', 'setup_names', 'read_log', 'LogWriter', 'merge_logs']
 
 # %% ../nbs/04_log.ipynb #cca9aa54
 import codecs
@@ -16,7 +16,7 @@ from warnings import warn
 
 import pandas as pd
 
-from .bounds import max_radius
+from .bounds import BALLS
 from .common import check_alpha, check_samples, check_sigma, document, hold, same_answers, saving, write_file
 
 # %% ../nbs/04_log.ipynb #ae3778f3
@@ -36,7 +36,7 @@ FLOATS = ['radius', 'alpha', 'sigma', 'p_lower', 'u', 'eps']
 BOUNDED = ['norm', 'eps',               # of the ball: inf or 2; its radius, or nothing where the largest was looked for
            'verifier', 'by']            # all that was tried, and what proved or refuted this image (nothing: neither)
 BOUNDED_SETUP = ['norm', 'eps', 'verifier', *SETUP]
-NORMS = ('2', 'inf')
+NORMS = ('2', 'inf')                    # of proofs; those of votes are in `bounds.BALLS`
 REFUTED = ('clean', 'attack')           # values of `by`: wrong for the image itself, or somewhere in its box
 
 # %% ../nbs/04_log.ipynb #5e910402
@@ -50,14 +50,19 @@ def columns_of(
 )->list:
     "All columns of this kind of log."
     if 'verifier' in names: return [*COLUMNS, *BOUNDED]
-    return [*COLUMNS, *STOPPED] if 'procedure' in names else COLUMNS
+    stopped = STOPPED if 'procedure' in names else []
+    norm = ['norm'] if 'norm' in names else []
+    return [*COLUMNS, *stopped, *norm]
 
 def setup_names(
     names,  # of columns that are there, or of a setup
 )->list:
     "The columns that have one value in a whole log of this kind."
     if 'verifier' in names: return BOUNDED_SETUP
-    return STOPPED_SETUP if 'procedure' in names else SETUP
+    norm = ['norm'] if 'norm' in names else []
+    return (STOPPED_SETUP if 'procedure' in names else SETUP) + norm
+
+DEFAULTS = dict(procedure='fixed', norm='2')         # what a log means that does not have the column
 
 # %% ../nbs/04_log.ipynb #4141251e
 def _same(
@@ -177,7 +182,7 @@ def read_log(
     n=None,       # estimation samples, likewise
     alpha=None,   # failure probability, likewise
     split=None,   # train or test, likewise
-)->pd.DataFrame:  # a row per image with `COLUMNS`, and with `STOPPED` or `BOUNDED` where the file has them
+)->pd.DataFrame:  # a row per image with `COLUMNS`, and with `STOPPED`, norm or `BOUNDED` where the file has them
     "Open a log; the arguments attach what a foreign file does not say."
     path = Path(path).expanduser()
     if not path.is_file():
@@ -196,7 +201,7 @@ def _frame(path, header, rows):
     columns = dict(zip(header, zip(*rows))) if rows else {}
     columns = {'predict': columns.get('c1', ())} | columns
     unknown = [''] * len(rows)
-    names = columns_of([name for more in (STOPPED, BOUNDED) if {*more} <= {*header} for name in more])
+    names = columns_of([name for more in (STOPPED, BOUNDED, ['norm']) if {*more} <= {*header} for name in more])
     return pd.DataFrame({name: _typed(columns.get(name, unknown), name, path) for name in names})
 
 def _attach(frame, name, value, path):
@@ -215,9 +220,11 @@ def _check(frame, path):
     for row in frame[(frame.correct != right).fillna(False)].itertuples():
         raise ValueError(f"{path} contradicts itself: idx {row.idx} has label {row.label} and predict {row.predict}, "
                          f"but correct {row.correct}. Ask whoever made it which of them is wrong")
+    if 'norm' in frame: _check_norm(frame, path)
     if 'verifier' in frame: _check_proofs(frame, path)
-    for (sigma, n, alpha), rows in frame.groupby(['sigma', 'n', 'alpha']):
-        most = float(max_radius(sigma, n, alpha)) if n else 0.                       # a pilot may give up at once
+    votes = frame.assign(norm=frame.get('norm', '2'))
+    for (norm, sigma, n, alpha), rows in votes.groupby(['norm', 'sigma', 'n', 'alpha']):
+        most = float(BALLS[norm](sigma).largest(n, alpha)) if n else 0.              # a pilot may give up at once
         rounded = [float(f'{most:.{digits}}') for digits in range(3, 18)]
         if 'u' in rows: rows = rows[rows.u == 1]                                     # a randomised bound may be larger
         for row in rows[(rows.radius > most) & ~rows.radius.isin(rounded)].itertuples():
@@ -225,10 +232,14 @@ def _check(frame, path):
                              f"and alpha {alpha} can certify {most:.6g} at most: are these the right ones?")
 
 # %% ../nbs/04_log.ipynb #6aaf9e76
+def _check_norm(frame, path):
+    "Raise where a log does not say which ball it means."
+    known = NORMS if 'verifier' in frame else BALLS
+    for norm in frame.norm[~frame.norm.isin(known).fillna(False)].unique():
+        raise ValueError(f"{path} has norm {norm}: it must be one of {', '.join(known)} in each row")
+
 def _check_proofs(frame, path):
-    "Raise where a log of bounds does not say which ball it means, or proves what was refuted or cannot be."
-    for norm in frame.norm[~frame.norm.isin(NORMS).fillna(False)].unique():
-        raise ValueError(f"{path} has norm {norm}: it must be one of {', '.join(NORMS)} in each row")
+    "Raise where a log of bounds proves what was refuted or cannot be."
     for row in frame[(frame.norm == 'inf') & (frame.radius > 1)].itertuples():
         raise ValueError(f"{path} certifies radius {row.radius} in the norm inf at idx {row.idx}, "
                          "but pixels lie in [0, 1]: is it in units of 0 to 255?")
@@ -247,19 +258,22 @@ def _text(name, value):
     return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}.{micro:06}'
 
 # %% ../nbs/04_log.ipynb #3c9326ed
+_VOTES = [columns_of([*more, *norm]) for more in ([], STOPPED) for norm in ([], ['norm'])]
+
 def _earlier_rows(path, setup):
     "The rows that an earlier run ended, each as column -> text; raises if they belong to something else."
     text = _text_of(path) if path.exists() else ''
-    columns = columns_of(setup) if 'verifier' in setup else [*COLUMNS, *STOPPED]
-    if '\t'.join(columns).startswith(text): return []                                # killed while it wrote the header
+    kinds = [columns_of(setup), *_VOTES]
+    if any('\t'.join(columns).startswith(text) for columns in kinds): return []      # killed while it wrote the header
     header, rows = _rows(path, text[:text.rfind('\n') + 1] or text)
-    if 'data' not in header or header != columns[:len(header)]:                      # columns may have been added since
+    ours = any(header == columns[:len(header)] for columns in kinds)                 # columns may have been added since
+    if 'data' not in header or not ours:
         raise ValueError(f"{path} is another kind of file, its columns are {' '.join(header)}: "
                          "choose another path for the log")
     _check(_frame(path, header, rows), path)
     rows = [dict(zip(header, row)) for row in rows]
-    procedures = [dict(procedure=row.get('procedure') or 'fixed') for row in rows]
-    differ = _differences('procedure', procedures, dict(procedure='fixed') | setup)
+    kind = [{name: row.get(name) or usual for name, usual in DEFAULTS.items()} for row in rows]
+    differ = [words for name in DEFAULTS for words in _differences(name, kind, DEFAULTS | setup)]
     differ = differ or [words for name in setup_names(setup) for words in _differences(name, rows, setup)]
     if differ:
         raise ValueError(f"{path} belongs to another setting ({'; '.join(differ)}): "
@@ -339,8 +353,9 @@ def merge_logs(
     logs = {str(path): read_log(path) for path in paths}
     if not logs: raise ValueError("no logs to merge: give the path of at least one")
     whole = pd.concat(logs.values(), ignore_index=True).sort_values('idx', ignore_index=True)
-    kinds = {path: log.assign(procedure=log.get('procedure', 'fixed')) for path, log in logs.items() if len(log)}
-    for name in ['procedure', *setup_names(whole)]:
+    kinds = {path: log.assign(**{name: log.get(name, usual) for name, usual in DEFAULTS.items()})
+             for path, log in logs.items() if len(log)}
+    for name in [*DEFAULTS, *setup_names(whole)]:
         found = [(path, _text(name, value)) for path, log in kinds.items() for value in _values(log, name)]
         known = next((value for _, value in found if value), '')
         if not all(_same(name, known, value) for _, value in found):

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'credited_radii', 'spending', 'why_no_acr', 'certified_accuracy', 'average_certified_radius',
-           'abstention_rate', 'radii_grid', 'setting', 'certified_accuracy_lower', 'p_a', 'p_a_survival', 'recertify',
-           'thin', 'norm_of', 'check_norms', 'as_l2', 'envelope', 'check_comparable', 'summary', 'results', 'per_class']
+           'abstention_rate', 'radii_grid', 'setting', 'certified_accuracy_lower', 'p_a', 'p_a_survival', 'norm_of',
+           'ball_of', 'recertify', 'thin', 'check_norms', 'as_l2', 'as_l1', 'envelope', 'check_comparable', 'summary',
+           'results', 'per_class']
 
 # %% ../nbs/06_metrics.ipynb #92a8862e
 import numpy as np
 import pandas as pd
 from scipy.special import bdtr, ndtr
 
-from .bounds import certified_radius, lower_bound, round_down, votes_of
+from .bounds import BALLS, Ball, lower_bound, round_down, votes_of
 from .common import check_alpha, check_samples, document
 
 # %% ../nbs/06_metrics.ipynb #9194d107
@@ -144,6 +145,23 @@ def p_a_survival(
     return np.where((grid < .5) & unknown, np.nan, survival)[()]
 
 # %% ../nbs/06_metrics.ipynb #528da63f
+def norm_of(
+    log:pd.DataFrame,  # a certification log
+)->str:                # 1, 2 or inf
+    "The norm of its radii: that of votes is 2, unless the log says another."
+    return setting(log, 'norm') if 'norm' in log and len(log) else '2'
+
+def ball_of(
+    log:pd.DataFrame,  # a certification log of votes
+)->Ball:
+    "What a share of its votes protects."
+    norm = norm_of(log)
+    if norm == 'inf':
+        raise ValueError("a log does not say how many values an image has, on which radii of the norm inf depend: "
+                         "certify these images again")
+    return BALLS[norm](setting(log, 'sigma'))
+
+# %% ../nbs/06_metrics.ipynb #20987871
 def recertify(
     log:pd.DataFrame,  # a log with counts
     alpha:float=None,  # failure probability; that of the log unless given
@@ -166,7 +184,7 @@ def recertify(
     n_a, n_true = (log[['n_a', 'n_true']].to_numpy(int) if n == drawn else thin(log, n, seed)).T
     bound = lower_bound(n_a, n, alpha)
     predict = np.where(bound >= .5, log.selected, -1)
-    radius = round_down(certified_radius(bound, setting(log, 'sigma')))
+    radius = round_down(ball_of(log).radius(bound))
     new = dict(n_a=n_a, n_true=n_true, n=n, alpha=alpha, predict=predict, radius=radius, correct=predict == log.label)
     return log.assign(**{name: pd.Series(values, log.index).astype(log[name].dtype) for name, values in new.items()})
 
@@ -187,12 +205,6 @@ def thin(
     return kept
 
 # %% ../nbs/06_metrics.ipynb #0aa8bc19
-def norm_of(
-    log:pd.DataFrame,  # a certification log
-)->str:                # 2 or inf
-    "The norm of its radii: that of votes is 2."
-    return setting(log, 'norm') if 'norm' in log and len(log) else '2'
-
 def check_norms(
     logs:dict,  # name -> log
 ):
@@ -200,16 +212,31 @@ def check_norms(
     norms = {name: norm_of(log) for name, log in logs.items()}
     if len(set(norms.values())) < 2: return
     told = ', '.join(f'{name}: {norm}' for name, norm in norms.items())
+    smallest = min(norms.values(), key=list(BALLS).index)
     raise ValueError(f"radii of different norms do not stand in one curve or table ({told}). "
-                     "The l_inf ball of radius r contains the l2 ball of radius r: "
-                     "what as_l2(log) makes of a log of norm inf holds in l2, too")
+                     "A ball of a larger norm contains that of the same radius in a smaller one: "
+                     f"what as_l{smallest}(log) makes of the others holds in the norm {smallest}, too")
 
 # %% ../nbs/06_metrics.ipynb #51da8a40
 def as_l2(
-    log:pd.DataFrame,  # a certification log
+    log:pd.DataFrame,  # a certification log of the norm 2 or inf
 )->pd.DataFrame:       # the same radii, as those of l2 balls
-    "What a proof for a box says about the ball in it."
-    return log.assign(norm='2') if 'norm' in log else log
+    "What a box says about the ball in it."
+    return _as('2', log)
+
+def as_l1(
+    log:pd.DataFrame,  # a certification log
+)->pd.DataFrame:       # the same radii, as those of l1 balls
+    "What a ball of another norm says about the l1 ball in it."
+    return _as('1', log)
+
+def _as(norm, log):
+    was = norm_of(log)
+    if was == norm: return log
+    if list(BALLS).index(was) < list(BALLS).index(norm):
+        raise ValueError(f"an l{was} ball of radius r does not contain the l{norm} ball of radius r: "
+                         "certify in the larger norm, or compare in the smaller one")
+    return log.assign(norm=norm)
 
 # %% ../nbs/06_metrics.ipynb #a2ddc0f7
 def envelope(

@@ -139,7 +139,7 @@ def certified_accuracy_curve(
 )->go.Figure:
     "Share of images that are right within a certified radius, against the radius."
     check_norms(logs)
-    norm = '∞' if any(norm_of(log) == 'inf' for log in logs.values()) else '2'
+    norm = norm_of(next(iter(logs.values()))).replace('inf', '∞') if logs else '2'
     stop = max([.1, *(credited_radii(log).max() for log in logs.values())])
     radii = radii_grid(1.01 * stop, int(np.ceil(600 / stop)))
     colour = colours(logs)

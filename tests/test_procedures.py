@@ -251,19 +251,28 @@ def test_what_goes_wrong_says_so(procedure, args, words):
 
 # The promise
 
+SIGMA = .5
+WIDTH = 3**.5*SIGMA                               # half of the cube that uniform noise fills
+DIAGONAL = HalfSpace(torch.ones(2, 1, 1))
+# norm -> classifier, l2 length of what is 1 in the norm, share of votes at a distance
+PLANES = {'2': (HALF, 1., lambda d: ndtr(d/SIGMA)),
+          '1': (HALF, 1., lambda d: (WIDTH + d)/(2*WIDTH)),
+          'inf': (DIAGONAL, 2**.5, lambda d: ndtr(2**.5*d/SIGMA))}
+
 @every
-@pytest.mark.parametrize('distance', [.05, .25, .4])
-def test_overclaims(kind, distance):
+@pytest.mark.parametrize('norm, distance', [('2', .05), ('2', .25), ('2', .4), ('1', .25), ('inf', .25)])
+def test_overclaims(kind, norm, distance):
     "2,000 certificates of a point whose radius is known, with an alpha large enough to see errors."
     trials = 2000
     alpha = .1
     n = 400 if kind in ('sequential', 'anytime', 'pilot') else 200               # room for several looks
     beyond = distance * (1 + 1e-6)                                                # a radius that may not be certified
     args = ALL[kind] | {'sequential': dict(radii=[0, beyond, 2*beyond]), 'one radius': dict(radii=beyond)}.get(kind, {})
-    images = HALF.point_at(distance).expand(trials, *IMAGES.shape[1:])
-    setting = asked(kind) | dict(procedure_args=args)
-    found = certify(HALF, images, .5, n0=20, n=n, alpha=alpha, seed=5, batch_size=10_000, **setting)
+    plane, length, share = PLANES[norm]
+    images = plane.point_at(length*distance).expand(trials, *IMAGES.shape[1:])
+    setting = asked(kind) | dict(procedure_args=args, norm=norm)
+    found = certify(plane, images, SIGMA, n0=20, n=n, alpha=alpha, seed=5, batch_size=10_000, **setting)
     wrong = np.mean([c.radius > distance and c.prediction == 1 for c in found])
-    print(f'{kind} at {distance}: {wrong:.2%} of {alpha:.0%}, {np.mean([c.n for c in found]):.0f} samples of {n}')
+    print(f'{kind} at {distance} in {norm}: {wrong:.2%} of {alpha:.0%}, {np.mean([c.n for c in found]):.0f} of {n}')
     assert 0 < wrong <= alpha + 4*np.sqrt(alpha*(1 - alpha) / trials)
-    if kind == 'fixed': assert abs(ndtr(distance / .5) - np.mean([c.counts[1] for c in found]) / n) < .005
+    if kind == 'fixed': assert abs(share(distance) - np.mean([c.counts[1] for c in found]) / n) < .005

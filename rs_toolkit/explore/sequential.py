@@ -21,7 +21,7 @@ from plotly.subplots import make_subplots
 from scipy.special import bdtr, ndtri
 
 # %% ../../nbs/explore/sequential.ipynb #eeb8e96a
-from ..bounds import certified_radius, lower_bound
+from ..bounds import certified_radius, l2_ball, lower_bound
 from ..common import document
 from .acr import folders_of_runs, open_run
 from .core import BLUE, GREEN, GREY, ORANGE, PURPLE, Explorer
@@ -107,11 +107,13 @@ PILOT = 500                  # votes with which `pilot` selects the class, and c
 @lru_cache(100)
 def rules_of(sigma, n, alpha, ratio, tol)->dict:
     "The rules, by the names that the page gives them."
+    def in_sigma(stop): return sigma*np.arange(int(stop/sigma) + 1)
+
     common = dict(sigma=sigma, n=n, alpha=alpha)
     return {'fixed': Fixed(**common),
             'pilot': Pilot(**common, tol=tol, ratio=ratio),
             'anytime': Anytime(**common, tol=tol, ratio=ratio),
-            'table': Sequential(**common, radii=table_radii(**common, step=sigma), ratio=ratio)}
+            'table': Sequential(**common, radii=table_radii(l2_ball(sigma), n, alpha, in_sigma), ratio=ratio)}
 
 # %% ../../nbs/explore/sequential.ipynb #abf64153
 @dataclass(frozen=True)
