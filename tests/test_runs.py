@@ -142,6 +142,7 @@ def test_every_parameter_of_a_run_without_noise_arrives(tmp_path):
     assert load(folder/'teacher').metadata['method'] == 'adversarial'
     again = tmp_path/'again'
     succeed('train_deterministic', again, **given | dict(teacher=str(folder/'teacher'), out=str(again)))
+    assert not (again/'teacher.tsv').exists(), 'what another run has trained is verified there'
     assert (again/'history.csv').read_text().splitlines()[0] == (folder/'history.csv').read_text().splitlines()[0]
     ours = load(folder).state_dict()
     theirs = load(again).state_dict()
