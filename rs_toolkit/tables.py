@@ -6,7 +6,7 @@
 __all__ = ['IDEAL', 'COLUMNS', 'ALONE', 'DATASETS', 'ONLY_CATRS', 'FACTS', 'BESIDE', 'RADII', 'MARKS', 'PLUS_MINUS',
            'published_label', 'published_costs', 'read_published', 'run_name', 'training', 'short_names', 'Result',
            'open_results', 'steps', 'read_runs', 'lines', 'accuracy_at', 'minus', 'over_sigma', 'table_of', 'spread_of',
-           'marks', 'write_table', 'export_table']
+           'marks', 'write_table', 'export_table', 'tests_of', 'tested_marks']
 
 # %% ../nbs/15_tables.ipynb #4594731f
 import json
@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from .distribution import log_of
 from .log import read_log
 from .metrics import average_certified_radius, certified_accuracy, check_comparable, check_norms
 from .metrics import credited_radii, setting, why_no_acr
+from .paired import differences, judge
 
 # %% ../nbs/15_tables.ipynb #d1703013
 def published_label(
@@ -458,11 +460,13 @@ def _cell(value, mark, deviation, column, style):
     return text if np.isnan(deviation) else f'{text}{PLUS_MINUS[style]}{deviation:{form}}'
 
 # %% ../nbs/15_tables.ipynb #ee26e55d
-def _legend(style, baseline, several):
+def _legend(style, baseline, several, tested):
     "What the marks mean."
     meaning = dict(best='Best', second='second best', worse=f'worse than {_plain(baseline, style)}')
+    if tested: meaning = dict(best='Not shown to be worse than any', worse=f"shown to be {meaning['worse']}")
     shown = ', '.join(MARKS[style][name] % words for name, words in meaning.items())
     legend = f'Certified accuracy in percent by radius. {shown}.'
+    if tested: legend += ' Paired tests of all pairs, corrected for the whole table (Holm, .05).'
     return f'{legend} Mean{PLUS_MINUS[style]}standard deviation over training seeds.' if several else legend
 
 # %% ../nbs/15_tables.ipynb #41d84acd
@@ -483,11 +487,12 @@ def write_table(
     style:str,            # latex (for booktabs and xcolor), markdown or html
     baseline='the baseline',  # what 'worse' refers to, for the legend
     spread=None,          # as `spread_of` makes it
+    tested=False,         # whether the marks are those of `tested_marks`
 )->str:
     "The table with its marks, to paste."
     if spread is None: spread = table * np.nan
     shown = _printed(table, marked, spread, style)
-    legend = _legend(style, baseline, 'seeds' in table)
+    legend = _legend(style, baseline, 'seeds' in table, tested)
     keys = table.index.nlevels                                           # columns of names, to the left
     numbers = table.shape[1]
     if style == 'latex':
@@ -518,6 +523,36 @@ def export_table(
         path.write_text(text, encoding='utf-8')
         paths.append(path)
     return paths
+
+# %% ../nbs/15_tables.ipynb #970ed9f5
+def tests_of(
+    results,       # as `open_results` gives them
+    radii,         # columns of the table
+)->pd.DataFrame:   # as `paired.differences` gives it, with `sigma`: every pair of methods of one noise level
+    "Which differences between methods are more than chance."
+    tested = []
+    for sigma in dict.fromkeys(result.sigma for result in results):
+        logs = {result.method: list(result.logs.values()) for result in results if result.sigma == sigma}
+        tested.append(differences(logs, radii, pairs=list(combinations(logs, 2))).assign(sigma=sigma))
+    return judge(pd.concat(tested, ignore_index=True))
+
+def tested_marks(
+    table:pd.DataFrame,  # as `table_of` makes it
+    baseline:str,        # method; '' for none
+    tests:pd.DataFrame,  # as `tests_of` makes it
+)->pd.DataFrame:         # the same shape: '', or of 'best' and 'worse' what is shown
+    "The marks of a table that chance did not make: best is what is not shown to be worse than any other."
+    found = tests[tests.verdict != '']
+    better = found.method.where(found.verdict == 'better', found.baseline)
+    worse = found.baseline.where(found.verdict == 'better', found.method)
+    beats = set(zip(found.sigma, found.measure, better, worse))
+    beaten = {(sigma, measure, loser) for sigma, measure, _, loser in beats}
+    marked = pd.DataFrame('', table.index, table.columns)
+    for column, (sigma, method) in product(table.columns.drop('seeds', errors='ignore'), table.index):
+        words = ['best'] if table.loc[(sigma, method), column] > 0 and (sigma, column, method) not in beaten else []
+        behind = column != 'ACR' and (sigma, column, baseline, method) in beats
+        marked.loc[(sigma, method), column] = ' '.join(words + ['worse'] * behind)
+    return marked
 
 # %% ../nbs/15_tables.ipynb #06972cf1
 document(__name__)

@@ -265,7 +265,8 @@ def run_folder(place, radii, config, sigma=.5):
     "A run folder whose network is right on image i with radius radii[i]; 0 abstains."
     place.mkdir(parents=True)
     write(place/'config.json', json.dumps(config))
-    with LogWriter(place/'certify.tsv', SETTING | dict(n0=100, n=10_000, alpha=.001, sigma=sigma)) as log:
+    setting = SETTING | dict(n0=100, n=10_000, alpha=.001, sigma=sigma, weights=place.name)
+    with LogWriter(place/'certify.tsv', setting) as log:
         for idx, radius in enumerate(radii):
             log.write(dict(idx=idx, label=1, predict=1 if radius else -1, radius=radius, correct=int(radius > 0),
                            time=1., n_a=9000, n_true=9000, selected=1, data=f'{idx}'))
@@ -329,12 +330,12 @@ def test_compare_from_anywhere_in_every_format(mix, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path/'home/comparison'
     assert {p.name for p in elsewhere.iterdir()} == {'executed.ipynb'}
-    figures = {'certified_accuracy.html', 'p_a.html', 'p_a_difference.html'}
-    assert {p.name for p in out.iterdir()} == {'table.csv', 'table.tex', 'table.md'} | figures
+    figures = {'certified_accuracy.html', 'differences.html', 'p_a.html', 'p_a_difference.html'}
+    assert {p.name for p in out.iterdir()} == {'table.csv', 'table.tex', 'table.md', 'differences.csv'} | figures
     table = pd.read_csv(out/'table.csv', index_col='log')
     assert table.index.tolist() == ['MACER, σ = 0.5, 3 seeds', 'certify-crt', 'theirs']
     assert table.seeds.tolist() == [3, 1, 1]
     assert table.loc['MACER, σ = 0.5, 3 seeds', ['ACR', '0.5', '0.5 std']].round(4).tolist() == [.3, .5333, .3055]
     assert table['0.5 std'].isna().tolist() == [False, True, True]
-    assert r'0.5 & MACER & 3 & \underline{0.300} $\pm$ 0.200 &' in (out/'table.tex').read_text()
+    assert r'0.5 & MACER & 3 & \textbf{0.300} $\pm$ 0.200 &' in (out/'table.tex').read_text()
     assert 'Theirs' in (out/'table.md').read_text()

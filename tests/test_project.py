@@ -193,7 +193,7 @@ assert 'Arguments' not in lower_bound.__doc__
 @pytest.mark.parametrize('modules, banned', [
     (['common'], ['torch', 'numpy', 'plotly']),
     (['catalogue', 'command'], ['torch', 'plotly', 'ipywidgets']),
-    (['bounds', 'sequential', 'log', 'metrics'], ['torch']),
+    (['bounds', 'sequential', 'log', 'metrics', 'paired'], ['torch', 'scipy.stats']),
     (['certify', 'train', 'checkpoint'], ['plotly', 'ipywidgets']),
     (['explore.radius', 'explore.sequential', 'explore.p_a', 'explore.acr', 'explore.methods'], ['torch'])])
 def test_imports_stay_light(modules, banned):
