@@ -40,7 +40,7 @@ setup(
     classifiers=["Programming Language :: Python :: 3"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "share")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "docs", "share")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     cmdclass={"build_py": BuildWithFolders},
 )
