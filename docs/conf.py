@@ -47,7 +47,7 @@ html_css_files = ['pages.css']
 html_math_renderer = 'mathml'
 html_copy_source = False
 html_show_sourcelink = False
-html_theme_options = dict(source_repository=settings['git_url'], source_branch=settings['branch'])
+html_theme_options = dict(top_of_page_buttons=[])
 
 
 MOVING = ROOT/'nbs/explore/export'       # pages without a kernel, where `rs-toolkit export` has made them

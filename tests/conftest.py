@@ -4,6 +4,7 @@ Ctrl-C means something, whoever started pytest, and a notebook's kernel does not
 """
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +22,12 @@ def kernels():
     with forked_kernels() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv('JUPYTER_PATH', folder, prepend=os.pathsep)
         yield
+
+@pytest.fixture(scope='module')
+def browser():
+    "A Chromium, or a reason to go without."
+    import lab                                  # playwright: few tests need it
+    if not Path(lab.CHROMIUM).exists():
+        give_up = pytest.fail if os.environ.get('CI') else pytest.skip
+        give_up(f'no browser at {lab.CHROMIUM}: apt-get install chromium, or set CHROMIUM')
+    with lab.chromium() as browser: yield browser

@@ -2,7 +2,6 @@
 
 Every control by hand: test_explore_NAME.py. Every cell by a kernel: test_project.py.
 """
-import os
 import statistics
 from pathlib import Path
 
@@ -30,13 +29,6 @@ def test_is_committed_without_outputs_and_opens_with_a_picture(path):
 
 
 # --- what a test needs: one browser; a server for the notebooks, one for pages, one for what tests write ---
-
-@pytest.fixture(scope='module')
-def browser():
-    if not Path(lab.CHROMIUM).exists():
-        give_up = pytest.fail if os.environ.get('CI') else pytest.skip
-        give_up(f'no browser at {lab.CHROMIUM}: apt-get install chromium, or set CHROMIUM')
-    with lab.chromium() as browser: yield browser
 
 @pytest.fixture(scope='module')
 def kernels_import_the_checkout():

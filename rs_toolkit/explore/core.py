@@ -6,7 +6,7 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'MARKS', 'ASIDE', 'GROUPS', 'EMPTY', 'HIDDEN', 'EVERY',
            'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots', 'middles', 'add_traces', 'key_to',
            'places', 'axes_of', 'panels', 'arrangement', 'as_made', 'Shipped', 'shipped_runs', 'Votes', 'Worker',
-           'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'Manners', 'Tip', 'Explorer']
+           'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'moves', 'Manners', 'Tip', 'Explorer']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
 import json
@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from html import escape
+from inspect import getdoc
 from pathlib import Path
 
 import ipywidgets as W
@@ -25,8 +26,9 @@ from plotly.basedatatypes import Undefined
 from plotly.subplots import make_subplots
 
 # %% ../../nbs/explore/00_core.ipynb #2f3fd017
-from ..common import data_folder, document
+from ..common import data_folder, document, write_file
 from ..distribution import outcome, votes_of_log
+from .page import html_page, places_of, said_by, seen, stops_of
 from ..metrics import setting
 from ..tables import run_name
 
@@ -297,6 +299,10 @@ def log_slider(
     "A slider whose steps are factors."
     return W.FloatLogSlider(value, min=low, max=high, step=step, readout_format=readout, description=description)
 
+def moves(control):
+    "Whether it is a slider."
+    return isinstance(control, (W.FloatSlider, W.FloatLogSlider, W.IntSlider, W.SelectionSlider))
+
 # %% ../../nbs/explore/00_core.ipynb #1c4043cc
 class Manners(AnyWidget):
     "How a page treats whoever reads it: names and values for screen readers, the width, a dark theme."
@@ -361,6 +367,7 @@ class Explorer:
     gap = .14        # between its panels, as a share of the width
     lines = 3        # of words: their height does not change
     tips = ()        # of `Tip`
+    travels = {}     # what moves on a page without a kernel: controls -> how many stops each; unless given, one slider
 
     def __init__(self,
         controls:dict,  # name -> widget, in the order of the page
@@ -402,7 +409,11 @@ class Explorer:
         rows = W.GridBox([*self.controls.values()], layout=grid)
         rows.add_class('rs-controls')
         self.toggle.add_class('rs-views')
-        key = W.HBox([self.key, *[self.toggle][:len(self.views)]], layout=dict(justify_content='space-between'))
+        words = 'Save as a page that moves without a kernel'
+        save = W.Button(icon='download', tooltip=words, layout=dict(width='auto'))
+        save.on_click(self.save)
+        right = W.HBox([*[self.toggle][:len(self.views)], save])
+        key = W.HBox([self.key, right], layout=dict(justify_content='space-between'))
         tips = W.HBox([W.HTML('Look for'), *self.buttons])
         tips.add_class('rs-tips')
         ends = [tips, self.hint] if self.buttons else []
@@ -547,6 +558,41 @@ class Explorer:
 
     def complain(self, error):
         self.words.value = alert(str(error) or type(error).__name__)
+
+    # a page without a kernel
+
+    def export(self,
+        path,      # of the file to write
+    )->Path:
+        "One HTML file whose sliders move without a kernel: `travels` are its controls, all else stays as it is now."
+        travels = self.travels or {next(name for name, control in self.controls.items() if moves(control)): 24}
+        moving = {name: self.controls[name] for name in travels}
+        sliders = [stops_of(control, travels[name]) for name, control in moving.items()]
+        before = self.values                    # all of them: one control may take another along
+        pictures = {}
+        for place in places_of(sliders):
+            self.go(before | {name: slider.values[i] for name, slider, i in zip(moving, sliders, place)})
+            pictures[place] = seen(self.fig, self.words.value)
+        self.go(before)
+        fixed = [said_by(control) for name, control in self.controls.items() if name not in moving]
+        title = getdoc(type(self)).partition('\n')[0]
+        write_file(path, html_page(title, sliders, pictures, '; '.join(fixed), self.key.value).encode())
+        return Path(path)
+
+    def save(self, _=None):
+        "Called by the button."
+        self.tell(' Going through its pictures ...')
+        path = Path('export', type(self).__module__.rpartition('.')[2]).with_suffix('.html').resolve()
+        try: self.export(path)
+        except OSError as error: return self.complain(error)
+        finally: self.news = ''
+        self.say(f'{self.told} Written: <b>{escape(str(path))}</b>, {path.stat().st_size / 1e6:.1f} MB.')
+
+    def go(self, values):
+        "Move controls, and wait for the picture."
+        for name, value in values.items(): self.put(self.controls[name], value)
+        self.update()
+        self.worker.wait()
 
 # %% ../../nbs/explore/00_core.ipynb #dd5f4a10
 document(__name__)

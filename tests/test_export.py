@@ -1,0 +1,66 @@
+"""Pages without a kernel: opened from a file, moved in a browser, and compared with the explorer itself."""
+import numpy as np
+
+from explorer import shown
+from rs_toolkit.explore.page import stops_of
+from rs_toolkit.explore.radius import RadiusExplorer
+
+# the curve as it is drawn, and the words
+SEEN = '''() => {
+    const curves = document.getElementById('plot').calcdata;
+    return [curves.find(points => points[0].trace.name === 'radius').map(point => point.y),
+            document.getElementById('words').innerText];
+}'''
+
+def test_a_slider_moves_without_a_kernel(browser, tmp_path):
+    "Every place of two sliders shows what the explorer shows there. Nothing is fetched."
+    class Small(RadiusExplorer): travels = dict(sigma=3, n=2)
+    explorer = Small()
+    before = explorer.values
+    explorer.export(tmp_path/'radius.html')
+    assert explorer.values == before, 'the page went through its places, and should be back where it was'
+    assert (tmp_path/'radius.html').stat().st_size < 4e6
+
+    page = browser.new_page(viewport=dict(width=1100, height=900))
+    asked, errors = [], []
+    page.on('request', lambda request: asked.append(request.url))
+    page.on('pageerror', lambda error: errors.append(str(error)))
+    page.goto((tmp_path/'radius.html').as_uri())
+    page.wait_for_selector('body[data-ready]', timeout=120_000)
+    sigma = page.locator('input').nth(0)
+    curves = []
+    sigma.focus()
+    for _ in range(3): sigma.press('ArrowLeft')
+    for value in stops_of(explorer.controls['sigma'], 3).values:
+        explorer.controls['sigma'].value = value
+        curve, words = page.evaluate(SEEN)
+        np.testing.assert_allclose(curve, shown(explorer)['radius'].y, err_msg=f'at sigma = {value}')
+        assert words.split('.')[0] in explorer.words.value.replace('<b>', '').replace('</b>', '')
+        assert sigma.get_attribute('aria-valuetext') == f'{value:.2f}'
+        curves.append((max(curve), words))
+        sigma.press('ArrowRight')
+    assert len(set(curves)) == 3, 'neither the curve nor the words have changed'
+    assert errors == []
+    assert [url for url in asked if not url.startswith(('file:', 'blob:', 'data:'))] == []
+
+def test_the_button_says_where_the_page_lies(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    class Small(RadiusExplorer): travels = dict(alpha=2)
+    explorer = Small()
+    explorer.save()
+    written = tmp_path/'export/test_export.html'
+    assert written.exists() and f'Written: <b>{written}</b>' in explorer.words.value
+
+def test_names_from_elsewhere_are_text(browser, tmp_path):
+    trap = '<img src=x onerror="document.trapped = true">'
+    explorer = RadiusExplorer()
+    explorer.travels = dict(share=2)
+    explorer.controls['share'].description = trap
+    explorer.controls['sigma'].description = trap                        # one that does not move
+    explorer.export(tmp_path/'trap.html')
+    page = browser.new_page()
+    page.goto((tmp_path/'trap.html').as_uri())
+    page.wait_for_selector('body[data-ready]', timeout=120_000)
+    assert trap in page.inner_text('#sliders') and trap in page.inner_text('#fixed')
+    assert page.evaluate('document.trapped') is None
+    assert page.locator('#sliders img, #fixed img').count() == 0
