@@ -279,6 +279,7 @@ class RadiusExplorer(Explorer):
     views = {'one image': [(1, 1), (1, 2)], 'N and ACR': [(2, 1), (2, 2)]}
     tips = TIPS
     lines = 4
+    travels = dict(share=24, n=7)
 
     def __init__(self, **start):  # fields of `Setting`
         s = Setting(**start)
