@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GIVEN', 'COUNTS', 'NUMBERS', 'CHECKS', 'CHOICES', 'LEFT_OUT', 'COUNTS_OF_PROOFS', 'NUMBERS_OF_PROOFS',
            'CHECKS_OF_PROOFS', 'FIT', 'PREFIXES', 'arguments', 'hand', 'part', 'optional_part', 'Parts', 'choose_parts',
-           'without_noise', 'Task', 'Teacher', 'find_teacher', 'plain_objective', 'introduce', 'train_network', 'keep',
-           'keep_run', 'learn_from', 'run_record']
+           'without_noise', 'Task', 'find_start', 'Teacher', 'find_teacher', 'plain_objective', 'introduce',
+           'train_network', 'keep', 'keep_run', 'learn_from', 'run_record']
 
 # %% ../nbs/13_recipe.ipynb #793707ac
 import inspect
@@ -25,7 +25,7 @@ from .checkpoint import load as load_checkpoint, save as save_checkpoint
 from .common import (check_alpha, check_number, check_samples, check_sigma, document, locate, named,
                                unknown, write_file)
 from .curriculum import CURRICULA
-from .data import AUGMENTATIONS, NORMALIZATIONS, check_images, load, statistics
+from .data import AUGMENTATIONS, NORMALIZATIONS, check_images, load, some_images, statistics
 from .methods.catrs import smoothed_predictions
 from .methods.core import Method, ramp_of
 from .metrics import results
@@ -179,7 +179,13 @@ def _rehearse_attack(attack, name, num_noise):
 # %% ../nbs/13_recipe.ipynb #ce2c8754
 COUNTS = ('num_noise', 'epochs', 'batch_size', 'n0', 'n', 'every', 'train_every', 'teacher_samples')
 NUMBERS = ('micro_batch', 'lr_lag', 'processes', 'lr', 'weight_decay')
-CHECKS = {'sigma': check_sigma, 'teacher_noise': check_sigma, 'alpha': check_alpha,
+
+def _held_out(k):
+    if check_number(k, 'held_out') == 1:
+        raise ValueError("held_out=1 would leave no image to learn from: 5 holds out each 5th training image, 0 none")
+    return k
+
+CHECKS = {'sigma': check_sigma, 'teacher_noise': check_sigma, 'alpha': check_alpha, 'held_out': _held_out,
           **{name: partial(check_samples, name=name) for name in COUNTS},
           **{name: partial(check_number, name=name) for name in NUMBERS}}
 CHOICES = dict(augment=('augmentation', ['auto', *AUGMENTATIONS]), schedule=('schedule', SCHEDULES),
@@ -238,16 +244,24 @@ class Task:
         augment='auto',          # key of `AUGMENTATIONS`, or auto: crop_flip for colour images
         normalization='standard',# key of `NORMALIZATIONS`: part of every network
         train_every=1,           # learn from each k-th image
+        held_out=0,              # k: learn without each k-th training image, and certify those; 0: the test images
     ):
         self.train = load(dataset, 'train')
-        self.test = load(dataset, 'test')
         images, labels = self.train
+        self.split = 'train' if held_out else 'test'                   # that is certified
+        self.idx = range(0, len(labels), held_out) if held_out else None
+        self.test = self.part(self.idx) if held_out else load(dataset, 'test')
+        if held_out: self.train = self.part([i for i in range(len(labels)) if i % held_out])
         self.shape = dict(num_classes=int(labels.max()) + 1, in_channels=images.shape[1], image_size=images.shape[-1])
         check_images(*self.test, self.shape['num_classes'])
-        if train_every > 1: self.train = tuple(t[::train_every] for t in self.train)
+        if train_every > 1: self.train = self.part(range(0, len(self.train[1]), train_every))
         self.mean, self.std = statistics(dataset, normalization, self.train[0])
         if augment == 'auto': augment = _usual_augmentation(dataset, images.shape[1])
         self.augment = AUGMENTATIONS[augment]
+
+    def part(self, rows):
+        "Some of the training images, and their labels."
+        return some_images(self.train[0], rows), self.train[1][list(rows)]
 
     def network(self,
         arch:str,        # of `models.build`
@@ -260,13 +274,31 @@ class Task:
 
     def overview(self)->pd.DataFrame:  # a row for training and one for testing
         "How many images, and of which shape."
-        splits = dict(train=self.train[0], test=self.test[0])
+        splits = {'train': self.train[0], 'held out' if self.split == 'train' else 'test': self.test[0]}
         return pd.DataFrame({name: dict(images=len(x), shape=list(x.shape[1:])) for name, x in splits.items()}).T
 
 # %% ../nbs/13_recipe.ipynb #86bcfd48
 def _usual_augmentation(dataset, in_channels):
     if dataset == 'imagenet': return 'resized_crop'
     return 'crop_flip' if in_channels == 3 else 'none'
+
+# %% ../nbs/13_recipe.ipynb #c4b911a5
+def find_start(
+    config:dict,  # every parameter of the run; `start`: a run folder, or '' for random weights
+    task:Task,
+):                # network; None for random weights
+    "The network that training goes on from; one of another make is refused."
+    if config['start'] == '': return None
+    return _opened(config['start'], 'start and network', arch=config['arch'], arch_args=config['arch_args'],
+                   **task.shape, mean=task.mean, std=task.std)
+
+def _opened(path, who, **wanted):
+    "A checkpoint that agrees with what is wanted, as far as it says."
+    net = load_checkpoint(locate(path))
+    for name, ours in wanted.items():
+        theirs = net.metadata.get(name, ours)
+        if theirs != ours: raise ValueError(f'{who} must agree: {name} is {theirs} for {path}, {ours} is wanted')
+    return net
 
 # %% ../nbs/13_recipe.ipynb #2bfd9e55
 @dataclass
@@ -291,7 +323,9 @@ def find_teacher(
     training = _teaching(config, sigma)
     if name == '': teacher = Teacher(sigma, config['arch'], config['arch_args'], training)
     elif name in model_names() or ':' in name: teacher = Teacher(sigma, name, training=training)
-    else: return Teacher(sigma, net=_opened(name, num_classes=task.shape['num_classes'], sigma=sigma))
+    else:
+        classes = task.shape['num_classes']
+        return Teacher(sigma, net=_opened(name, 'teacher and student', num_classes=classes, sigma=sigma))
     task.network(teacher.arch, teacher.arch_args)                             # a wrong name shows now
     theirs = config | training
     check_run(theirs['epochs'], plain_objective(theirs), schedule=theirs['schedule'], lr_drops=theirs['lr_drops'],
@@ -313,15 +347,7 @@ def plain_objective(
     make = part('method', name, method_class(name), config['method_args'], base=Method)
     return hand(make, dict(sigma=config['sigma'], num_noise=1, seed=config['seed']))
 
-# %% ../nbs/13_recipe.ipynb #d96b0cdc
-def _opened(path, **wanted):
-    "A checkpoint that agrees with what its student wants, as far as it says."
-    net = load_checkpoint(locate(path))
-    for name, ours in wanted.items():
-        theirs = net.metadata.get(name, ours)
-        if theirs != ours:
-            raise ValueError(f'teacher and student must agree: {name} is {theirs} for {path}, {ours} is wanted')
-    return net
+
 
 # %% ../nbs/13_recipe.ipynb #6c69df4b
 def introduce(
@@ -348,11 +374,13 @@ def train_network(
     *,
     state,            # file of the complete state of training
     curriculum=None,  # which images to see
+    start=None,       # of `find_start`
     watch=None,       # called with the history so far after each epoch, and at the end
 )->tuple:             # network, history
     "Train one network, or go on with it."
     torch.manual_seed(config['seed'])
     model = task.network(config['arch'], config['arch_args'])
+    if start is not None: model.load_state_dict(start.state_dict())
     history = fit(model, objective, task.train, config['epochs'], augment=task.augment, test=task.test,
                   curriculum=curriculum, resume=state, watch=watch, micro_batch=config['micro_batch'] or None,
                   **{name: config[name] for name in FIT if name in config})
