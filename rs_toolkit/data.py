@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'DEEP', 'GREY', 'COLOUR', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER',
-           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'VISIT', 'load', 'statistics', 'crop_flip',
-           'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches', 'fingerprint', 'check_images',
+           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'load', 'statistics',
+           'crop_flip', 'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches', 'fingerprint', 'check_images',
            'check_labels', 'Items', 'some_images']
 
 # %% ../nbs/02_data.ipynb #ff779d10
@@ -285,7 +285,7 @@ def _imagenet(path, split):
 
 # %% ../nbs/02_data.ipynb #90d308be
 # How keys end, so that no two purposes share random numbers. Those of certification end in zeros.
-TRAINING, ORDER, MAPPING, DRAW, PREDICTIONS, CRAFTING, COUNTING = range(1, 8)
+TRAINING, ORDER, MAPPING, DRAW, PREDICTIONS, CRAFTING, COUNTING, JITTER = range(1, 9)
 VISIT = 2**32               # added to the index of an image each time that it comes again
 
 def image_keys(seed:int, epoch:int, index, purpose=TRAINING)->list:

@@ -262,19 +262,23 @@ _held = {}          # id of a module or weight -> how many hold it, and its flag
 
 # %% ../nbs/03_models.ipynb #dbd5d41a
 @contextmanager
-def frozen(model):
+def frozen(
+    model,         # nn.Module, or any callable
+    weights=True,  # whether they get no gradients; False: eval mode alone
+):                 # yields the model
     "Within the block: eval mode, and no gradients for the weights. Gradients with respect to the input still flow."
     if not isinstance(model, nn.Module):             # a plain callable has nothing to freeze
         yield model
         return
     flags = [(m, 'training') for m in model.modules() if hasattr(m, 'training')]    # torch.jit.freeze takes it away
-    flags += [(p, 'requires_grad') for p in model.parameters()]
+    if weights: flags += [(p, 'requires_grad') for p in model.parameters()]
     with _lock:
         for thing, flag in flags:
             holders, was = _held.get(id(thing), (0, getattr(thing, flag)))
             _held[id(thing)] = holders + 1, was
         if hasattr(model, 'training'): model.eval()
-        for p in model.parameters(): p.requires_grad_(False)
+        if weights:
+            for p in model.parameters(): p.requires_grad_(False)
     try: yield model
     finally:
         with _lock:

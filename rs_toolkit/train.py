@@ -234,6 +234,16 @@ def check_terms(
                              f"got {came(value)}: {cure}")
 
 # %% ../nbs/10_train.ipynb #b61c01d0
+def _step(
+    model, opt,  # network with gradients, optimizer
+    clip,        # largest norm of the gradient; None: any
+)->bool:         # whether there was a gradient, in any process
+    "One step of the optimizer with the gradients of all processes."
+    if not share_gradients(model.parameters()): return False
+    if clip is not None: torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    opt.step()
+    return True
+
 def _epoch(
     model, method, opt,  # network, what to minimise, optimizer
     data,                # function without arguments -> `batches`
@@ -262,11 +272,10 @@ def _epoch(
             loss = sum(terms.values()) * (images / size)
             if loss.requires_grad: loss.backward()
             for name, term in terms.items(): sums[name] = sums.get(name, 0) + term.detach() * images
-        if share_gradients(model.parameters()):
-            if clip is not None: torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            opt.step()
-            learnt = True
-        with autocast: method.after_step(model, x, y, index)
+        if _step(model, opt, clip): learnt = True
+        opt.zero_grad()
+        with autocast: again = method.after_step(model, x, y, index)
+        if again: _step(model, opt, clip)
         bar.update(size)
     sums = {name: float(total(value)) for name, value in sums.items()}
     method.end_epoch(model, data)

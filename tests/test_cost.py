@@ -54,9 +54,11 @@ COST = {  # name -> method, its passes for one clean image, and the formula: m n
     'smoothmix one-step': (lambda: SmoothMix(.25, num_noise=2, steps=4, mix_step=1), Passes(12, 4, 8),
                            2 * (2*4 + 6) / 3),
     'catrs': (lambda: CATRS(.25, votes(), num_noise=4, steps=4), Passes(24, 8, 16), 4 * (2*4 + 6) / 3),
-    'sodm': (lambda: SODM(.25, 10, num_noise=16, mapping_noise=128, interval=5), Passes(16 + 128/5, 16),
-             16 + 128 / (3*5)),
-    'sodm without mapping': (lambda: SODM(.25, 10, mapping='none', num_noise=16), Passes(16, 16), 16),
+    'sodm': (lambda: SODM(.25, 10, mapping='temperature', num_noise=16, mapping_noise=128, interval=5),
+             Passes(16 + 128/5, 16), 16 + 128 / (3*5)),
+    'sodm, line 11': (lambda: SODM(.25, 10, mapping='temperature', num_noise=16, repeat=True),
+                      Passes(16 + 128/5, 16 + 128/5), 16 + 128/5),
+    'sodm without mapping': (lambda: SODM(.25, 10, num_noise=16), Passes(16, 16), 16),
     'crt': (lambda: CRT(.25, build('mlp', 10, 1, 8)), Passes(1, 1, teacher=1), 4/3),
 }
 
@@ -117,7 +119,7 @@ def test_a_method_of_ones_own(): assert count(Both(.25, num_noise=3)) == Passes(
 
 def test_counting_changes_nothing():
     model = network()
-    method = SODM(.25, 10, num_noise=2, mapping_noise=8)
+    method = SODM(.25, 10, mapping='temperature', num_noise=2, mapping_noise=8)
     before = [t.clone() for part in (model, method) for t in part.state_dict().values() if isinstance(t, torch.Tensor)]
     model.eval()
     count(method, model)

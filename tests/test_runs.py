@@ -18,7 +18,7 @@ import torch
 
 from rs_toolkit import run
 from rs_toolkit.certify import certify_dataset
-from rs_toolkit.checkpoint import load
+from rs_toolkit.checkpoint import load, save
 from rs_toolkit.common import same_answers
 from rs_toolkit.data import load as load_data
 from rs_toolkit.log import read_log
@@ -54,6 +54,12 @@ def teacher(tmp_path_factory):
     succeed('train', folder, out=str(folder), **QUICK | dict(epochs=8))
     return folder
 
+def begun(folder):
+    "A network to start from."
+    make = dict(arch='mlp', num_classes=10, in_channels=1, image_size=8, mean=None, std=None, arch_args=dict(width=32))
+    save(folder, build('mlp', 10, 1, 8, width=32), **make)
+    return str(folder)
+
 def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
     book = tmp_path/'train.ipynb'
     shutil.copy(ROOT/'nbs/train.ipynb', book)
@@ -66,7 +72,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
                  teacher=str(teacher), teacher_noise=.5, teacher_samples=9, sigma=.25,
                  epochs=3, batch_size=32, micro_batch=20, optimizer='adam', lr=.005, weight_decay=5e-4,
                  schedule='cosine', lr_drops=[2], lr_lag=1, augment='none', normalization='none', train_every=2,
-                 seed=3, processes=1, device='cpu', precision='bfloat16',
+                 held_out=5, start=begun(tmp_path/'begun'), seed=3, processes=1, device='cpu', precision='bfloat16',
                  n0=50, n=300, alpha=.01, exact_noise=True, procedure='anytime', procedure_args=dict(tol=.5), every=60,
                  out=str(folder))
     [parameters] = [c.source for c in nbformat.read(book, 4).cells if 'parameters' in c.metadata.get('tags', [])]
@@ -75,7 +81,7 @@ def test_every_parameter_arrives_after_cleaning(tmp_path, teacher):
     succeed(book, folder, **given | dict(lr='5e-3', n='300'))             # as strings, as YAML 1.1 would read 5e-2
     assert json.loads((folder/'config.json').read_text())['parameters'] == given
     log = read_log(folder/'certify.tsv')
-    assert len(log) == 6
+    assert log.idx.tolist() == [0, 300, 600, 900, 1200] and log.split.unique().tolist() == ['train']
     settings = log[['n0', 'budget', 'alpha', 'sigma', 'seed', 'precision']].iloc[0].tolist()
     assert settings == [50, 300, .01, .25, 3, 'bfloat16 exact'] and log.procedure[0].startswith('anytime tol=0.5 ')
     assert len(pd.read_csv(folder/'history.csv')) == 3

@@ -1,6 +1,6 @@
 """Tune methods on a fifth of the training digits, then train and certify each with several seeds.
 
-    python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm
+    python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm --epochs 30
 
 Every method has the same number of trials, the first of which is its recipe. A trial learns without each fifth training
 image and is judged by the ACR on those; the test images are read by the runs that follow, and only by them. A command
@@ -30,17 +30,16 @@ TUNING = dict(held_out=5, n=1000)          # a trial is certified with fewer sam
 
 # What is tried beside the recipe: a change of the recipe, whose mappings are merged.
 TRIALS = {
-    'gaussian': [dict(lr=.2), dict(lr=.05), dict(lr=.02)],
-    'gaussian4': [dict(lr=.2), dict(lr=.05), dict(lr=.02)],
-    'stability': [dict(method_args=dict(lbd=2.)), dict(method_args=dict(lbd=5.)), dict(lr=.1)],
-    'smoothadv': [dict(attack_args=dict(eps=.25)), dict(attack_args=dict(eps=1.)), dict(lr=.05)],
-    'macer': [dict(lr=.05), dict(lr=.05, method_args=dict(lbd=1.)), dict(lr=.05, method_args=dict(lbd=12.))],
-    'consistency': [dict(method_args=dict(lbd=2.)), dict(method_args=dict(lbd=10.)), dict(method_args=dict(lbd=20.))],
-    'smoothmix': [dict(method_args=dict(eta=1.)), dict(method_args=dict(eta=5.)), dict(method_args=dict(step_size=1.))],
-    'catrs': [dict(method_args=dict(lbd=.5)), dict(method_args=dict(lbd=2.)), dict(method_args=dict(eps=.25))],
-    'crt': [dict(lr=.01), dict(lr=.05), dict(lr=.1)],
-    'acr': [dict(attack_args=dict(eps=.5)), dict(curriculum_args=dict(threshold=.2)),
-            dict(curriculum_args=dict(threshold=.6))],
+    'gaussian': [dict(lr=.2), dict(lr=.05)],
+    'gaussian4': [dict(lr=.2), dict(lr=.05)],
+    'stability': [dict(method_args=dict(lbd=2.)), dict(method_args=dict(lbd=5.))],
+    'smoothadv': [dict(attack_args=dict(eps=.25)), dict(attack_args=dict(eps=1.))],
+    'macer': [dict(lr=.05), dict(lr=.05, method_args=dict(lbd=1.))],
+    'consistency': [dict(method_args=dict(lbd=2.)), dict(method_args=dict(lbd=10.))],
+    'smoothmix': [dict(method_args=dict(eta=1.)), dict(method_args=dict(eta=5.))],
+    'catrs': [dict(method_args=dict(lbd=.5)), dict(method_args=dict(lbd=2.))],
+    'crt': [dict(lr=.05), dict(lr=.1)],
+    'acr': [dict(attack_args=dict(eps=.5)), dict(curriculum_args=dict(threshold=.2))],
 }
 FEWER = {'macer': dict(num_noise=8)}       # the recipe draws 16, at twice the cost
 
@@ -49,10 +48,10 @@ def merged(setting, change):
     both = {k: setting[k] | v for k, v in change.items() if isinstance(v, dict) and k in setting}
     return setting | change | both
 
-def settings_of(key):
+def settings_of(key, epochs):
     "The recipe and its variations: as many for every method."
     recipe = yaml.safe_load((ROOT/f'recipes/digits/{key}_0.5.yaml').read_text())
-    recipe = merged(recipe, FEWER.get(key, {}))
+    recipe = merged(recipe, FEWER.get(key, {}) | dict(epochs=epochs))
     return [recipe] + [merged(recipe, change) for change in TRIALS[key]]
 
 def run(setting, folder):
@@ -73,17 +72,17 @@ def run(setting, folder):
     keep_run(folder, model, history, config, task)
     sigma, n0, n, alpha = (config[name] for name in ('sigma', 'n0', 'n', 'alpha'))
     log = certify_dataset(model, *task.test, idx=task.idx, split=task.split, sigma=sigma, n0=n0, n=n, alpha=alpha,
-                          seed=config['seed'], every=config['every'], log=folder/'certify.tsv')
+                          seed=config['seed'], every=config['every'], batch_size=1000, log=folder/'certify.tsv')
     write_json(folder/'metrics.json', run_record(config, log, radii_grid(max_radius(sigma, n, alpha), 4), history))
     lock.release()
 
 def judged(folder): return json.loads((folder/'metrics.json').read_text())['acr']
 
-def tune(key, out):
+def tune(key, out, epochs):
     "The number of the best setting, by the images that were held out."
     folders = [out/'tuning'/key/str(trial) for trial in range(len(TRIALS[key]) + 1)]
-    for folder, setting in zip(folders, settings_of(key), strict=True):
-        run(taught(key, setting, out/'tuning', lambda: tune('smoothmix', out)) | TUNING, folder)
+    for folder, setting in zip(folders, settings_of(key, epochs), strict=True):
+        run(taught(key, setting, out/'tuning', lambda: tune('smoothmix', out, epochs)) | TUNING, folder)
     scores = [judged(folder) for folder in folders]
     return scores.index(max(scores))
 
@@ -91,17 +90,19 @@ def taught(key, setting, folder, which):
     "CRT learns from the SmoothMix run beside it, which saw the same images."
     return setting | dict(teacher=str(folder/'smoothmix'/str(which()))) if key == 'crt' else setting
 
-def tune_and_run(key, out):
-    "All runs of a method."
-    setting = settings_of(key)[tune(key, out)]
+def tune_and_run(keys, out, epochs):
+    "All trials, then all seeds: one seed of every method before the next."
+    best = {key: settings_of(key, epochs)[tune(key, out, epochs)] for key in keys}
     for seed in SEEDS:
-        run(taught(key, setting, out/'seeds', lambda: seed) | dict(seed=seed), out/'seeds'/key/str(seed))
+        for key, setting in best.items():
+            run(taught(key, setting, out/'seeds', lambda: seed) | dict(seed=seed), out/'seeds'/key/str(seed))
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path)
     parser.add_argument('methods', nargs='*', default=list(METHODS))
+    parser.add_argument('--epochs', type=int, default=100, help='of every run')
     given = parser.parse_args()
     for key in given.methods:
         if key not in TRIALS: parser.error(str(unknown('method', key, TRIALS)))
-    for key in given.methods: tune_and_run(key, given.out.resolve())
+    tune_and_run(given.methods, given.out.resolve(), given.epochs)

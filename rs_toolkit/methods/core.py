@@ -73,8 +73,13 @@ class Method(nn.Module):
         "Of the attack, in this epoch."
         return self.strength_at(self.epoch)
 
+    @property
+    def copies(self):
+        "Noise copies per image in this epoch."
+        return self.num_noise
+
     def after_step(self, model, x, y, index=None):
-        "Called by `fit` after each optimizer step; for methods that train something of their own."
+        "Called by `fit` after each optimizer step; True where it left gradients for a further step."
 
     def keys(self, index, purpose=TRAINING):
         "What the random numbers of each image depend on; None (fresh ones) without `index`."
@@ -82,7 +87,7 @@ class Method(nn.Module):
 
     def noise(self, model, x, y, index=None):
         "[m, b, *image]; the same for an image in an epoch, whatever the batch. Moved by the attack, if there is one."
-        noise = gaussian_noise(x, self.sigma, self.num_noise, self.keys(index))
+        noise = gaussian_noise(x, self.sigma, self.copies, self.keys(index))
         if self.attack and self.strength: noise = self.attack(model, x, y, noise, strength=self.strength)
         return noise
 
