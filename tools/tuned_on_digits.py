@@ -38,6 +38,8 @@ TRIALS = {
     'consistency': [dict(method_args=dict(lbd=2.)), dict(method_args=dict(lbd=10.))],
     'smoothmix': [dict(method_args=dict(eta=1.)), dict(method_args=dict(eta=5.))],
     'catrs': [dict(method_args=dict(lbd=.5)), dict(method_args=dict(lbd=2.))],
+    'sodm': [dict(method_args=dict(beta=6.)),
+             dict(method_args=dict(mapping='temperature', learns='votes', mapping_noise=64))],
     'crt': [dict(lr=.05), dict(lr=.1)],
     'acr': [dict(attack_args=dict(eps=.5)), dict(curriculum_args=dict(threshold=.2))],
 }
@@ -81,21 +83,23 @@ def judged(folder): return json.loads((folder/'metrics.json').read_text())['acr'
 def tune(key, out, epochs):
     "The number of the best setting, by the images that were held out."
     folders = [out/'tuning'/key/str(trial) for trial in range(len(TRIALS[key]) + 1)]
+    teacher = out/'tuning'/'smoothmix'/str(tune('smoothmix', out, epochs)) if key == 'crt' else ''
     for folder, setting in zip(folders, settings_of(key, epochs), strict=True):
-        run(taught(key, setting, out/'tuning', lambda: tune('smoothmix', out, epochs)) | TUNING, folder)
+        run(taught(setting, teacher) | TUNING, folder)
     scores = [judged(folder) for folder in folders]
     return scores.index(max(scores))
 
-def taught(key, setting, folder, which):
-    "CRT learns from the SmoothMix run beside it, which saw the same images."
-    return setting | dict(teacher=str(folder/'smoothmix'/str(which()))) if key == 'crt' else setting
+def taught(setting, teacher):
+    "CRT learns from a SmoothMix run that saw the same images."
+    return setting | dict(teacher=str(teacher)) if setting['method'] == 'crt' else setting
 
 def tune_and_run(keys, out, epochs):
     "All trials, then all seeds: one seed of every method before the next."
     best = {key: settings_of(key, epochs)[tune(key, out, epochs)] for key in keys}
     for seed in SEEDS:
         for key, setting in best.items():
-            run(taught(key, setting, out/'seeds', lambda: seed) | dict(seed=seed), out/'seeds'/key/str(seed))
+            teacher = out/'seeds'/'smoothmix'/str(seed)
+            run(taught(setting, teacher) | dict(seed=seed), out/'seeds'/key/str(seed))
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,0 +1,80 @@
+"""Settings are chosen on training images that were held out: the test images are not even read."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rs_toolkit import recipe
+from rs_toolkit.catalogue import METHODS
+from rs_toolkit.data import load
+from rs_toolkit.log import read_log
+from rs_toolkit.recipe import CHECKS, Task
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT/'tools'))
+import tuned_on_digits as tool  # noqa: E402
+
+@pytest.fixture
+def no_test_images(monkeypatch):
+    "Whoever opens the test split fails."
+    def only_training(name, split, *rest):
+        assert split == 'train', 'the test images were read'
+        return load(name, split, *rest)
+    monkeypatch.setattr(recipe, 'load', only_training)
+
+def rows(images): return {image.numpy().tobytes() for image in images}
+
+@pytest.mark.parametrize('train_every', [1, 3])
+def test_what_is_held_out(train_every, no_test_images):
+    "Each fifth training image, with its label; none of them is learnt from."
+    images, labels = load('digits', 'train')
+    task = Task('digits', held_out=5, train_every=train_every)
+    assert torch.equal(task.test[0], images[::5]) and torch.equal(task.test[1], labels[::5])
+    assert task.split == 'train' and list(task.idx) == list(range(0, len(images), 5))
+    learnt = [i for i in range(len(images)) if i % 5][::train_every]
+    assert torch.equal(task.train[0], images[learnt]) and torch.equal(task.train[1], labels[learnt])
+
+def test_no_test_image_is_among_them():
+    assert rows(Task('digits', held_out=5).test[0]).isdisjoint(rows(load('digits', 'test')[0]))
+    assert Task('digits').split == 'test' and torch.equal(Task('digits').test[0], load('digits', 'test')[0])
+
+def test_everything_cannot_be_held_out():
+    assert CHECKS['held_out'](0) == 0
+    with pytest.raises(ValueError, match='held_out=1 would leave no image'): CHECKS['held_out'](1)
+    with pytest.raises(ValueError, match='held_out must be a number of at least 0'): CHECKS['held_out'](-5)
+
+def test_every_method_has_as_many_trials():
+    assert set(tool.TRIALS) == set(METHODS)
+    for key in METHODS:
+        settings = tool.settings_of(key, 30)
+        assert len(settings) == 3 and all(setting['epochs'] == 30 for setting in settings), key
+        assert len({json.dumps(setting, sort_keys=True) for setting in settings}) == 3, f'{key}: two are alike'
+
+def test_a_trial_reads_no_test_image(tmp_path, no_test_images):
+    setting = tool.settings_of('gaussian', 1)[0] | tool.TUNING | dict(n=20, every=40)
+    tool.run(setting, tmp_path)
+    log = read_log(tmp_path/'certify.tsv')
+    assert log.split.unique().tolist() == ['train'] and log.idx.tolist() == list(range(0, 1437, 200))
+    written = (tmp_path/'metrics.json').read_text()
+    tool.run(setting, tmp_path)                                                      # finished: left alone
+    assert (tmp_path/'metrics.json').read_text() == written
+
+def test_the_best_trial_is_run_with_every_seed(tmp_path, monkeypatch):
+    "Judged by the images that were held out; what follows is certified on the test images."
+    for trial, acr in enumerate([.3, .5, .4]):
+        folder = tmp_path/'tuning/gaussian'/str(trial)
+        folder.mkdir(parents=True)
+        (folder/'metrics.json').write_text(json.dumps(dict(acr=acr)))
+    asked = []
+    plain = tool.run
+    def watched(setting, folder):
+        if 'tuning' in folder.parts: plain(setting, folder)
+        else: asked.append((setting, folder))
+    monkeypatch.setattr(tool, 'run', watched)
+    tool.tune_and_run(['gaussian'], tmp_path, 30)
+    best = tool.settings_of('gaussian', 30)[1]
+    assert [setting for setting, _ in asked] == [best | dict(seed=seed) for seed in range(5)]
+    assert [folder for _, folder in asked] == [tmp_path/'seeds/gaussian'/str(seed) for seed in range(5)]
+    assert all('held_out' not in setting and setting['n'] == 10_000 for setting, _ in asked)
