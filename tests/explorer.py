@@ -1,6 +1,8 @@
 """A hand on the controls of an explorer, and an eye on its figure."""
 import plotly.graph_objects as go
 
+from rs_toolkit.explore.core import EVERY
+
 def move(explorer, **values):
     "Set controls, one after the other. An exception in a callback comes out here."
     for name, value in values.items(): explorer.controls[name].value = value
@@ -18,6 +20,9 @@ class Shown(dict):
     "Traces by name; one that was never needed is empty."
     def __missing__(self, name): return go.Scatter(x=[], y=[], text='')
 
-def shown(explorer): return Shown({trace.name: trace for trace in explorer.fig.data})
+def shown(explorer):
+    "What the panels show, all of them in sight."
+    move_to(explorer, EVERY)
+    return Shown({trace.name: trace for trace in explorer.fig.data})
 
 def complains(explorer, words): return 'role="alert"' in explorer.words.value and words in explorer.words.value

@@ -76,6 +76,15 @@ DRAWN = '''() => {
     return JSON.stringify(plots.map(p => p.data.map(t => [t.name, t.x, t.y, t.z])));
 }'''
 
+# sliders that a screen reader would not name, or read as something else than they show
+UNNAMED = '''() => [...document.querySelectorAll('.rs-controls .jupyter-widgets')]
+    .filter(box => box.querySelector('[role=slider]')).filter(box => {
+        const handle = box.querySelector('[role=slider]');
+        const value = box.querySelector('.widget-readout').textContent.trim();
+        return !handle.getAttribute('aria-label') || handle.getAttribute('aria-valuetext') !== value;
+    }).map(box => box.innerText)'''
+WIDTH = "() => document.querySelector('.js-plotly-plot .main-svg').getBoundingClientRect().width"
+
 # clocks the first and the last redraw after a key press, and tells whether the plotted data differ from those before it
 WATCH = '''() => {
     const plots = [...document.querySelectorAll('.js-plotly-plot')], data = ''' + DRAWN + ''';

@@ -11,7 +11,7 @@ import pytest
 import lab
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPLORERS = sorted((ROOT / 'nbs/explore').glob('[a-z]*.ipynb'))                 # 00_core is what they share
+EXPLORERS = sorted(p for p in (ROOT / 'nbs/explore').glob('[a-z]*.ipynb') if p.stem != 'index')
 SMOOTH = ROOT / 'nbs/explore/smooth.ipynb'                                      # its pictures come from the background
 each_explorer = pytest.mark.parametrize('path', EXPLORERS, ids=lambda path: path.stem)
 each_at_once = pytest.mark.parametrize('path', [p for p in EXPLORERS if p != SMOOTH], ids=lambda path: path.stem)
@@ -24,7 +24,7 @@ def test_is_committed_without_outputs_and_opens_with_a_picture(path):
     assert not [cell.source for cell in nb.cells if cell.get('outputs')]
     question = nb.cells[0].source.splitlines()[0]
     assert question.endswith('?')
-    assert f'](images/{path.stem}.png)' in ''.join(cell.source for cell in nb.cells[:3])
+    assert f'](images/{path.stem}.png' in ''.join(cell.source for cell in nb.cells)
     assert (path.parent / f'images/{path.stem}.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -70,6 +70,11 @@ def test_lives_in_a_browser(server, browser, path, capsys):
     with server.notebook(browser, path.relative_to(ROOT)) as page:
         lab.run(page)
         times = [lab.press(page, 0, key) for key in ['ArrowLeft'] * 5 + ['ArrowRight'] * 5]
+        unnamed = page.evaluate(lab.UNNAMED)
+        width = page.evaluate(lab.WIDTH)
+        page.set_viewport_size(dict(width=900, height=800))
+        lab.wait(page, f'() => ({lab.WIDTH})() < {width} - 300', 'the figure kept its width', 20)
+    assert unnamed == [], 'sliders without name, or with another value than they show'
     first = [time for time, _ in times]
     last = [time for _, time in times]
     tell(capsys, f'{path.stem}: {median_of(first)} from key press to the first redraw',

@@ -56,6 +56,12 @@ def check_run(t, which, ranked):
     between = np.array(curve.x)[1:-1] - 1e-7
     np.testing.assert_allclose(np.array(curve.y)[1:-1], [(radii >= x).mean() for x in between])
 
+def opened():
+    "The page, with the two best networks of the digits."
+    e = ACRExplorer()
+    move(e, run=FIRST, second=SECOND, constant_n=1e10)
+    return e
+
 def check_acr(e, run=FIRST, second=SECOND, n=10_000, alpha=.001, dropped=.3, constant_n=1e10):
     "Every line of the picture from the rows themselves."
     t = shown(e)
@@ -80,19 +86,19 @@ MOVES = dict(dropped=.44, run='CAT-RS (digits, equal cost)', second='Gaussian m=
 
 @pytest.mark.parametrize('control', MOVES)
 def test_every_control_moves_the_picture(control):
-    e = ACRExplorer()
+    e = opened()
     check_acr(e)
     assert e.controls.keys() == MOVES.keys()
     before = e.fig.to_json()
     e.controls[control].value = MOVES[control]
     check_acr(e, **{control: MOVES[control]})
     assert e.fig.to_json() != before
-    e.controls[control].value = ACRExplorer().controls[control].value
+    e.controls[control].value = opened().controls[control].value
     check_acr(e)
 
 def test_fewer_samples():
     "N = 1,000 of 10,000 votes: about the shares of all, no radius above the new ceiling, and the same draw each time."
-    e = ACRExplorer()
+    e = opened()
     move(e, n=1000)
     few = np.array(shown(e)['curve A'].x)
     assert few.max() <= .5 * norm.ppf(.001**(1/1000)) and 'N = 1,000' in e.words.value
@@ -100,12 +106,12 @@ def test_fewer_samples():
     votes = np.round(1000 * shares[shares > .56])
     radii = np.maximum(.5 * norm.ppf(beta.ppf(.001, votes, 1001 - votes)), 0)
     assert shown(e)['level A'].y[0] == pytest.approx(radii.sum() / len(shares), rel=.03)
-    again = ACRExplorer()
+    again = opened()
     move(again, n=1000)
     assert np.array_equal(shown(again)['curve A'].x, few)
 
 def test_the_constant_answer_wins_at_the_announced_number():
-    e = ACRExplorer()
+    e = opened()
     acr = shown(e)['level A'].y[0]
     needed = math.log(.001) / norm.logcdf(acr * 360/44 / .5)                  # alpha^(1/N) = Phi(radius / sigma)
     mantissa, exponent = f'{needed:.1e}'.split('e+')
@@ -116,20 +122,27 @@ def test_the_constant_answer_wins_at_the_announced_number():
     assert shown(e)['constant now'].y[1] > acr and '<b>beats ACR paper</b>' in e.words.value
 
 def test_few_samples_of_the_constant_answer():
-    e = ACRExplorer()
+    e = opened()
     move(e, constant_n=10.)                                             # ten of ten certify next to nothing
     assert 0 < shown(e)['constant now'].y[1] < 1e-3
     move(e, alpha=1e-6)                                                 # and here nothing at all
     assert shown(e)['constant now'].y[1] == 0 and max(shown(e)['curve constant'].y) == 0
 
-@pytest.mark.parametrize('second', ['CRT (CIFAR-10 (JPEG copy))', 'CRT (digits, σ = 0.25)'])
-def test_runs_over_other_images_are_refused(second):
-    e = ACRExplorer()
-    before = e.fig.to_json()
-    move(e, second=second)
-    assert complains(e, 'images') and e.fig.to_json() == before
-    move(e, second=SECOND)
+def test_only_what_compares_is_offered():
+    e = opened()
+    others = ['CRT (CIFAR-10 (JPEG copy))', 'CRT (digits, σ = 0.25)']
+    assert not set(others) & set(e.controls['second'].options)
+    for run in others:
+        move(e, run=run)
+        assert e.values['second'] != SECOND and 'role="status"' in e.words.value
+    move(e, run=FIRST, second=SECOND)
     check_acr(e)
+
+def test_the_page_opens_where_a_few_million_samples_decide():
+    e = ACRExplorer()
+    assert 1e6 < e.pair.budget < 1e7 and 10**e.fig.layout.xaxis.range[1] <= 1e8
+    move(e, constant_n=1e7)
+    assert '<b>beats' in e.words.value
 
 def test_every_run_opens():
     runs = folders_of_runs()
@@ -149,7 +162,7 @@ def test_own_runs(tmp_path):
     with pytest.raises(ValueError): ACRExplorer({'mine': tmp_path/'foreign.tsv', 'theirs': DATA/'digits-crt'})
 
 def test_a_bug_is_shown_and_raised(monkeypatch):
-    e = ACRExplorer()
+    e = opened()
     monkeypatch.setattr('rs_toolkit.explore.acr.acr_traces', lambda p: 1/0)
     with pytest.raises(ZeroDivisionError): move(e, dropped=.5)
     assert complains(e, 'division')

@@ -54,8 +54,8 @@ def check_points(e, scene, sigma, problem, x, y):
     images, labels = PROBLEMS[problem](120)
     for label, name in enumerate(['blue', 'orange']):
         np.testing.assert_allclose(middles(t[f'{name} training']), images[labels == label].flatten(1), atol=1e-6)
-        assert set(answers(scene.model, middles(t[f'{name} copies']))) <= {label}
-    cloud = np.concatenate([middles(t[f'{name} copies']) for name in ['blue', 'orange']]) - [x, y]
+        assert set(answers(scene.model, middles(t[f'{name} copies'], 3))) <= {label}
+    cloud = np.concatenate([middles(t[f'{name} copies'], 3) for name in ['blue', 'orange']]) - [x, y]
     assert len(cloud) == 100
     np.testing.assert_allclose(cloud.std(), sigma, rtol=.15)
     for name in ['point', 'point, left']: assert (t[name].x[0], t[name].y[0]) == (x, y)

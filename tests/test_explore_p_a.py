@@ -84,7 +84,7 @@ def check_row(words, name, images):
 def check(e, n=10_000, alpha=.001, names=FIRST, folders=FOLDERS, cdf=False):
     "Every line of the picture and every number of the table against the files."
     t = shown(e)
-    words = e.words.value
+    words = e.words.value + e.table.value
     files = {name: pd.read_csv(ROOT/'data'/folders[name]/'certify.tsv', sep='\t') for name in names}
     common = set.intersection(*(set(rows.idx) for rows in files.values()))
     images = {name: certified(rows[rows.idx.isin(common)], n, alpha) for name, rows in files.items()}

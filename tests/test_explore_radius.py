@@ -2,15 +2,13 @@
 import numpy as np
 import pytest
 
-from explorer import clamps, complains, move, move_to, shown
+from explorer import clamps, complains, move, shown
 from rs_toolkit.bounds import certified_radius, constant_acr, fewest_votes, lower_bound, max_radius, sensitivity
 from rs_toolkit.bounds import trivial_budget, vote_value
-from rs_toolkit.explore.core import EVERY
 from rs_toolkit.explore.radius import RadiusExplorer
 
 def check_radius(e, sigma=1., n=100_000, alpha=.001, share=.99, votes=None, scale='share', acr=.534, num_classes=10):
     "Every line of the picture against the statistics."
-    move_to(e, EVERY)
     t = shown(e)
     if votes is None: votes = round(share * n)
     def share_at(x): return 1 - np.array(x) if scale == 'nines' else np.array(x)          # of an axis of votes

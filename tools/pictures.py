@@ -16,5 +16,5 @@ def write_picture(name):
     figure.write_image(EXPLORE/f'images/{name}.png', width=1100, height=figure.layout.height, scale=1.5)
 
 if __name__ == '__main__':
-    names = sys.argv[1:] or sorted(path.stem for path in EXPLORE.glob('[a-z]*.ipynb'))
+    names = sys.argv[1:] or sorted(path.stem for path in (EXPLORE/'how').glob('*.ipynb'))
     for name in names: write_picture(name)

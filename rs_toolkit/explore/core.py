@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'MARKS', 'ASIDE', 'GROUPS', 'EMPTY', 'HIDDEN', 'EVERY',
            'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots', 'middles', 'add_traces', 'key_to',
-           'places', 'axes_of', 'panels', 'arrangement', 'as_made', 'Shipped', 'shipped_runs', 'Votes', 'Worker',
-           'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'moves', 'Manners', 'Tip', 'Explorer']
+           'places', 'axes_of', 'has_lines', 'panels', 'arrangement', 'as_made', 'Shipped', 'shipped_runs', 'Votes',
+           'Worker', 'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'moves', 'Manners', 'Toggles', 'Tip',
+           'Explorer']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
 import json
@@ -24,6 +25,7 @@ import plotly.graph_objects as go
 from anywidget import AnyWidget
 from plotly.basedatatypes import Undefined
 from plotly.subplots import make_subplots
+from traitlets import TraitError, Tuple
 
 # %% ../../nbs/explore/00_core.ipynb #2f3fd017
 from ..common import data_folder, document, write_file
@@ -114,7 +116,7 @@ def add_traces(
         fig.data[-1].update(traces[name])
 
 # %% ../../nbs/explore/00_core.ipynb #57f26846
-MARKS = dict(line='━━', dash='╍╍', dot='●', zone='▒▒')
+MARKS = dict(line='━━', dash='╍╍', dot='●', zone='▒▒', copies='▲', square='□', cross='✖')
 
 def key_to(
     entries,  # of (mark, a key of `MARKS`; colour; words)
@@ -133,6 +135,10 @@ def axes_of(fig, place):
     "Names of the axes of a panel, such as xaxis2 and yaxis2."
     panel = fig.get_subplot(*place)
     return panel.xaxis.plotly_name, panel.yaxis.plotly_name
+
+def has_lines(fig, axis):
+    "Whether an axis is drawn; pictures have none."
+    return fig.layout[axis].visible is not False
 
 def panels(
     rows, columns,
@@ -163,7 +169,7 @@ def arrangement(
         left = shown.index(place) * width if here else 0
         across, up = ([left, left + width - gap], [0, 1]) if here else (ASIDE, ASIDE)
         for axis, domain in zip(axes_of(fig, place), [across, up]):
-            layout |= {f'{axis}.domain': domain, f'{axis}.visible': here}
+            layout |= {f'{axis}.domain': domain, f'{axis}.visible': here and has_lines(fig, axis)}
         layout[f'annotations[{i}].visible'] = here
     return layout
 
@@ -172,7 +178,7 @@ def as_made(fig:go.Figure)->dict:
     layout = {f'annotations[{i}].visible': True for i, _ in enumerate(places(fig))}
     for place in places(fig):
         for axis in axes_of(fig, place):
-            layout |= {f'{axis}.domain': list(fig.layout[axis].domain), f'{axis}.visible': True}
+            layout |= {f'{axis}.domain': list(fig.layout[axis].domain), f'{axis}.visible': has_lines(fig, axis)}
     return layout
 
 # %% ../../nbs/explore/00_core.ipynb #481c4cad
@@ -341,12 +347,57 @@ class Manners(AnyWidget):
     _css = '''
     .rs-explorer sub, .rs-explorer sup { line-height: 0; }
     .rs-explorer .rs-tips { flex-wrap: wrap; align-items: center; }
-    .rs-explorer .rs-tips .jupyter-button, .rs-explorer .rs-views .jupyter-button { width: auto; }
+    .rs-explorer .rs-tips .jupyter-button, .rs-explorer .rs-views .jupyter-button,
+    .rs-explorer .rs-toggles .jupyter-button { width: auto; }
+    .rs-explorer .rs-toggles .jupyter-button { height: 24px; line-height: 24px; }
+    .rs-explorer .rs-tips .jupyter-button { padding: 0 7px; }
+    .rs-explorer .rs-key .widget-html-content { line-height: 1.4; }
     body[data-jp-theme-light="false"] .rs-explorer .rs-mark,
     body[data-jp-theme-light="false"] .rs-explorer .main-svg,
     body[data-jp-theme-light="false"] .rs-explorer .imagelayer image { filter: invert(1) hue-rotate(180deg); }
     img[title="Where no kernel runs"] { display: none; }
     '''
+
+# %% ../../nbs/explore/00_core.ipynb #25d3e6c2
+class Toggles(W.Box):
+    "A button for each option, any of them pressed. `options` are names, or (name, value)."
+    options = Tuple()
+    value = Tuple()
+
+    def __init__(self, options=(), value=(), description='', **more):
+        self.mute = False
+        self.label = W.Label(description)
+        super().__init__(options=tuple(options), value=tuple(value), **more)
+        self.layout.flex_flow = 'row wrap'
+        self.add_class('rs-toggles')
+        self.observe(self.offer, 'options')
+        self.observe(self.press, 'value')
+        self.offer()
+
+    @property
+    def choices(self):
+        "Name -> value."
+        return dict(option if isinstance(option, tuple) else (option, option) for option in self.options)
+
+    def offer(self, _=None):
+        "Make the buttons; what is not offered any more is not chosen."
+        self.toggles = {value: W.ToggleButton(description=name) for name, value in self.choices.items()}
+        for button in self.toggles.values(): button.observe(self.pressed, 'value')
+        self.children = [self.label, *self.toggles.values()]
+        self.value = tuple(value for value in self.value if value in self.toggles)
+        self.press()
+
+    def press(self, _=None):
+        "Let the buttons show what is chosen."
+        wrong = [value for value in self.value if value not in self.toggles]
+        if wrong: raise TraitError(f"not offered: {wrong}")
+        self.mute = True
+        try:
+            for value, button in self.toggles.items(): button.value = value in self.value
+        finally: self.mute = False
+
+    def pressed(self, _):
+        if not self.mute: self.value = tuple(value for value, button in self.toggles.items() if button.value)
 
 # %% ../../nbs/explore/00_core.ipynb #e0c05cc5
 @dataclass(frozen=True)
@@ -398,12 +449,13 @@ class Explorer:
         self.toggle.observe(self.turned, 'value')
         self.words = W.HTML(layout=dict(height=f'{20*self.lines + 4}px', overflow='auto'))
         self.key = W.HTML()
+        self.key.add_class('rs-key')
         self.hint = W.HTML(layout=dict(height='44px', overflow='auto'))
-        self.buttons = [self.button(tip) for tip in self.tips]
-        self.view = self.page(columns, below)
+        self.tip_buttons = [self.button_of(tip) for tip in self.tips]
+        self.view = self.assemble(columns, below)
         self.say(self.told)
 
-    def page(self, columns, below):
+    def assemble(self, columns, below):
         "All widgets, from top to bottom."
         grid = dict(grid_template_columns=f'repeat({columns}, minmax(0, 1fr))')
         rows = W.GridBox([*self.controls.values()], layout=grid)
@@ -414,9 +466,9 @@ class Explorer:
         save.on_click(self.save)
         right = W.HBox([*[self.toggle][:len(self.views)], save])
         key = W.HBox([self.key, right], layout=dict(justify_content='space-between'))
-        tips = W.HBox([W.HTML('Look for'), *self.buttons])
+        tips = W.HBox([W.HTML('Look for'), *self.tip_buttons])
         tips.add_class('rs-tips')
-        ends = [tips, self.hint] if self.buttons else []
+        ends = [tips, self.hint] if self.tip_buttons else []
         view = W.VBox([Manners(), rows, *below, self.words, key, self.fig, *ends])
         view.add_class('rs-explorer')
         return view
@@ -461,8 +513,8 @@ class Explorer:
         "Controls have moved."
         self.redraw()
 
-    def button(self, tip):
-        "It takes its tip."
+    def button_of(self, tip):
+        "The button that takes a tip."
         button = W.Button(description=tip.title, tooltip='sets the controls that it speaks of')
         button.on_click(lambda _: self.take(tip))
         return button
@@ -470,7 +522,8 @@ class Explorer:
     def take(self, tip):
         "Set the controls that a tip speaks of, one after the other, and show its words; one picture at the end."
         for name, value in tip.sets.items():
-            self.put(self.controls[name], value)
+            try: self.put(self.controls[name], value)
+            except TraitError: return self.complain(ValueError(f"{name} does not offer {value} here"))
             self.load()
         if tip.view: self.put(self.toggle, tip.view)
         self.hint.value = f'<div role="status" style="line-height:1.5">{tip.words}</div>'
