@@ -564,7 +564,7 @@ class MethodsExplorer(Explorer):
         self.table = W.HTML()
         self.folder = W.Text('export', description='folder')
         self.button = W.Button(description='Export table and figure', layout=W.Layout(width='auto'))
-        self.button.on_click(self.export)
+        self.button.on_click(self.export_files)
         envelope = 'upper envelope over σ (not one classifier)'
         super().__init__(dict(
             radius=W.FloatSlider(.5, min=0, max=4, step=.05, description='radius'),
@@ -619,7 +619,7 @@ class MethodsExplorer(Explorer):
         super().draw(traces, layout)
         self.table.value = printed
 
-    def export(self, _=None):
+    def export_files(self, _=None):
         "Called by the button."
         try: folder, written = self.export_table()
         except ValueError as error: return self.complain(error)
