@@ -169,9 +169,10 @@ def test_compare(tmp_path, teacher):
 
 def test_benchmark(tmp_path):
     succeed('benchmark', tmp_path, archs=['cifar_resnet20'], samples=[100], batches=[50], images=16, rounds=2,
-            methods=['crt, equal teacher'], budget=2000, logs=['digits-gaussian'], certified=3)
-    refused = mill('benchmark', tmp_path, archs=['cifar_resnet20'], rounds=1)
-    assert refused.returncode == 1 and 'at least two rounds' in refused.stderr
+            loops=[100], methods=['crt, equal teacher'], budget=2000, logs=['digits-gaussian'], certified=3, shared=16)
+    for wrong, says in [(dict(rounds=1), 'at least two rounds'), (dict(parts=['lop']), "did you mean 'loop'")]:
+        refused = mill('benchmark', tmp_path, **wrong)
+        assert refused.returncode == 1 and says in refused.stderr
 
 @pytest.mark.parametrize('book, given, says', [
     ('train', dict(sigm=.5), "unknown parameter 'sigm': did you mean 'sigma'?"),
