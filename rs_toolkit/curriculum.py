@@ -62,7 +62,7 @@ class EasyData:
     "Discard hard images once, then draw the rest by their approximate radius (Sun et al., 2024)."
     def __init__(self,
         sigma:float,        # noise level
-        start=60,           # epochs of plain training before, E_t; or a part of the run, strictly between 0 and 1
+        start=59,           # epochs of plain training before, E_t - 1; or a part of the run, strictly between 0 and 1
         threshold=.5,       # smallest vote share that is kept, p_t; 0 keeps every image
         reweigh=True,       # draw by radius, or uniformly
         every=10,           # epochs between two countings; or a part of the run

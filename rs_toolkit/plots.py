@@ -257,7 +257,7 @@ def _p_a_figure(logs, curves, title, yaxis):
     return layout(fig, title, xaxis=xaxis, yaxis=yaxis)
 
 # %% ../nbs/07_plots.ipynb #01ecbd27
-MEASURED = ('epoch', 'lr', 'seconds', 'clean_accuracy', 'noisy_accuracy')      # of a history; the rest are loss terms
+MEASURED = ('epoch', 'lr', 'kept', 'seconds', 'clean_accuracy', 'noisy_accuracy')    # the rest are loss terms
 
 # %% ../nbs/07_plots.ipynb #a78ea91f
 def training_curves(

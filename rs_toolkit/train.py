@@ -322,7 +322,7 @@ def fit(
     resume=None,         # file of the complete state: written after each epoch, read if it exists
     watch=None,          # called with the history so far after each epoch
     progress=True,       # text bar with ETA
-)->pd.DataFrame:         # a row per epoch: epoch, lr, each loss term, clean_accuracy, noisy_accuracy, seconds
+)->pd.DataFrame:         # a row per epoch: epoch, lr, kept, each loss term, clean_accuracy, noisy_accuracy, seconds
     "Train `model` in place."
     epochs = check_samples(epochs, 'epochs')
     batch_size = check_samples(batch_size, 'batch_size')
@@ -379,6 +379,7 @@ def fit(
             started = time.perf_counter()
             row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
             weights = curriculum(model, (images, labels), epoch, augment, world) if curriculum else None
+            if curriculum: row['kept'] = 1. if weights is None else (weights > 0).double().mean().item()
             shuffled = partial(batches, images, labels, batch_size, seed, epoch, augment, weights, world)
             sums = _epoch(model, method, opt, shuffled, epoch=epoch, steps=-(-size // batch_size), clip=clip,
                           precision=precision, micro_batch=micro_batch or batch_size, bar=bar)

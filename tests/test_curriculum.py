@@ -7,7 +7,9 @@ import torch
 from slow import check_refused
 
 from rs_toolkit.curriculum import EasyData, count_weights
+from rs_toolkit.methods.gaussian import Gaussian
 from rs_toolkit.models import HalfSpace
+from rs_toolkit.train import fit
 
 PLANE = HalfSpace()
 POINTS = torch.stack([PLANE.point_at(d) for d in np.linspace(-.35, .45, 60).astype('f4')])
@@ -70,3 +72,13 @@ def test_easy_data_keeps_equality():
 @pytest.mark.parametrize('key, value', [('threshold', -.1), ('threshold', 1.1), ('every', 0), ('discard_noise', 0),
                                         ('alpha', 1.), ('sigma', 0.)])
 def test_bad_arguments(key, value): check_refused(EasyData, {key: value}, f'{key}.*{value:g}')
+
+def test_a_history_says_how_many_images_are_kept():
+    "All of them before the discard, and then the share that it leaves."
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    data = torch.rand(40, 2, 1, 1), torch.arange(40) % 2                       # so half of its answers are wrong
+    curriculum = EasyData(.25, start=2, threshold=.5, every=1)
+    history = fit(net, Gaussian(.25), data, 4, curriculum=curriculum, lr=0., progress=False)
+    assert history.kept.tolist() == [1, 1, curriculum.kept.double().mean(), curriculum.kept.double().mean()]
+    assert 0 < history.kept[3] < 1

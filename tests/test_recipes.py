@@ -111,7 +111,7 @@ def test_train_builds_what_the_recipe_says(path):
         assert {k: getattr(choice, k) for k in recipe['curriculum_args']} == recipe['curriculum_args']
     assert parts.learns == ('teacher' in recipe or recipe['method'] == 'catrs')
 
-TIMED = [('cifar10/acr_0.25', 'switch_on=60'), ('cifar10/smoothadv_0.25', 'warm_up=10'),
+TIMED = [('cifar10/acr_0.25', 'switch_on=59'), ('cifar10/smoothadv_0.25', 'warm_up=10'),
          ('cifar10/macer_1.0', 'defer=50'), ('cifar10/sodm_0.25', 'boost_from=35'),
          ('cifar10/gaussian_0.25', 'lr_drops=50'), ('imagenet/catrs_1.0', 'double_from=80')]
 
@@ -299,8 +299,8 @@ SETTING = """
     cifar10/acr                   attack_args.eps                   .25          .25          .5
     cifar10/acr                   attack_args.steps                 3            6            4
     cifar10/acr                   attack_args.norm                  2            2            2
-    cifar10/acr                   ramp.switch_on                    60           70           60
-    cifar10/acr                   curriculum_args.start             60           70           60
+    cifar10/acr                   ramp.switch_on                    59           69           59
+    cifar10/acr                   curriculum_args.start             59           69           59
     cifar10/acr                   curriculum_args.threshold         .5           .4           .4
     cifar10/acr                   curriculum_args.every             10           10           10
     cifar10/acr                   curriculum_args.discard_noise     100          100          100
