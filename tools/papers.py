@@ -1,0 +1,108 @@
+"""Make what tables and figures of the papers show, at a size that a laptop can do.
+
+    python tools/papers.py acr_parts RUNS          Table 3 of the ACR paper (a quarter of an hour on one core)
+    python tools/papers.py acr_sweeps RUNS         its Tables 5 to 10
+    python tools/papers.py crt_proxy RUNS          Table 1 of the CRT poster: a small teacher first, or none
+    python tools/papers.py crt_generations RUNS    its Figures 1 and 2: students of other architectures
+    python tools/papers.py released LOGS           its Table 2: methods against Gaussian training, on the authors' logs
+
+RUNS is where run folders go; a run that is finished is not made again. LOGS holds METHOD_SIGMA.tsv, as released.
+`nbs/papers.ipynb` says which table is which, and what came out.
+"""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from rs_toolkit.log import read_log
+from rs_toolkit.paired import differences, judge
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT/'data/papers'
+
+def train(out, recipe, given='{}'):
+    "Run a recipe, with other values for some of its parameters (YAML), unless that has been done."
+    if (out/'metrics.json').exists(): return
+    out.mkdir(parents=True, exist_ok=True)
+    print(out, flush=True)
+    command = [sys.executable, '-m', 'papermill', 'nbs/train.ipynb', out/'train.ipynb', '--no-progress-bar',
+               '-f', f'recipes/{recipe}.yaml', '-y', given, '-p', 'out', out.resolve()]
+    subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
+
+def ship(out, name):
+    "Copy what tables read of a run: not its weights."
+    (DATA/name).mkdir(parents=True, exist_ok=True)
+    for file in ['certify.tsv', 'config.json', 'history.csv', 'metrics.json']: shutil.copy(out/file, DATA/name/file)
+
+# What is left of the recipe of the ACR paper without some of its parts, which begin where the discard does.
+# None of the three is the recipe `gaussian4`, all three are `acr`: both are shipped.
+NO_ATTACK = 'attack: none, attack_args: {}, ramp: {}'
+ACR_PARTS = {
+    'discard': f'{{{NO_ATTACK}, curriculum_args: {{start: 0.4, threshold: 0.4, reweigh: false}}}}',
+    'weights': f'{{{NO_ATTACK}, curriculum_args: {{start: 0.4, threshold: 0.0, every: 0.1}}}}',
+    'attack': '{curriculum: none, curriculum_args: {}}',
+    'discard+weights': f'{{{NO_ATTACK}}}',
+    'discard+attack': '{curriculum_args: {start: 0.4, threshold: 0.4, reweigh: false}}',
+    'weights+attack': '{curriculum_args: {start: 0.4, threshold: 0.0, every: 0.1}}',
+}
+
+def acr_parts(runs):
+    for name, given in ACR_PARTS.items():
+        train(runs/name, 'digits/acr_0.5', given)
+        ship(runs/name, f'acr_parts/{name}')
+
+# Tables 5 to 10: one parameter at a time, the others as in the recipe for digits. E_t is a part of the run, as the
+# paper's 50 to 130 of 150 epochs; 64 pixels instead of 3,072 want smaller steps than the paper's.
+def start(at): return f'{{ramp: {{switch_on: {at}}}, curriculum_args: {{start: {at}, threshold: 0.4, every: 0.1}}}}'
+def threshold(p): return f'{{curriculum_args: {{start: 0.4, threshold: {p}, every: 0.1}}}}'
+def attack(eps=.25, steps=3, norm='2'): return f'{{attack_args: {{eps: {eps}, steps: {steps}, norm: {norm}}}}}'
+
+ACR_SWEEPS = {
+    **{f'start_{at}': start(at) for at in (.33, .47, .6, .73, .87)},
+    **{f'threshold_{p}': threshold(p) for p in (.3, .5, .6, .7, .8)},
+    **{f'eps_{eps}': attack(eps=eps) for eps in (.125, .5, 1., 2.)},
+    **{f'steps_{steps}': attack(steps=steps) for steps in (1, 2, 5)},
+    **{f'inf_eps_{eps}': attack(eps=eps, norm='inf') for eps in (.125, .25, .5, 1.)},
+    **{f'inf_steps_{steps}': attack(steps=steps, norm='inf') for steps in (1, 2, 5)},
+}
+
+def acr_sweeps(runs):
+    for name, given in ACR_SWEEPS.items(): train(runs/name, 'digits/acr_0.5', given)
+
+GENERATIONS = ['mlp', 'small_cnn', 'cifar_resnet20', 'resnet18', 'resnext50_32x4d', 'regnet_x_400mf']
+
+def crt_generations(runs):
+    "One teacher, trained by SmoothMix; each architecture learns from it, and is trained by SmoothMix for itself."
+    train(runs/'teacher', 'digits/smoothmix_0.5')
+    for arch in GENERATIONS:
+        train(runs/f'crt-{arch}', 'digits/crt_0.5', f'{{arch: {arch}, teacher: "{(runs/"teacher").resolve()}"}}')
+        train(runs/f'smoothmix-{arch}', 'digits/smoothmix_0.5', f'{{arch: {arch}}}')
+
+def crt_proxy(runs):
+    "Where no teacher exists, a small one is trained for the student; against training the student itself."
+    train(runs/'proxy', 'digits/smoothmix_0.5')
+    train(runs/'student', 'digits/crt_0.5', f'{{arch: cifar_resnet20, teacher: "{(runs/"proxy").resolve()}"}}')
+    train(runs/'itself', 'digits/smoothmix_0.5', '{arch: cifar_resnet20}')
+
+def released(folder):
+    "Every released log against Gaussian training of its noise level; one correction for all."
+    tables = []
+    for baseline in sorted(folder.glob('gaussian_*.tsv')):
+        sigma = float(baseline.stem.partition('_')[2])
+        paths = [baseline, *sorted(set(folder.glob(f'*_{sigma}.tsv')) - {baseline})]
+        facts = dict(sigma=sigma, n0=100, n=100_000, alpha=.001, split='test')
+        logs = {path.stem.partition('_')[0]: read_log(path, **facts) for path in paths}
+        radii = [r/4 for r in range(11) if r/4 < 3.8*sigma]
+        tables.append(differences(logs, radii).assign(sigma=sigma))
+    table = judge(pd.concat(tables, ignore_index=True))
+    DATA.mkdir(parents=True, exist_ok=True)
+    table.to_csv(DATA/'released.csv', index=False, float_format='%.6g')
+
+COMMANDS = dict(acr_parts=acr_parts, acr_sweeps=acr_sweeps, crt_generations=crt_generations, crt_proxy=crt_proxy,
+                released=released)
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3 or sys.argv[1] not in COMMANDS: sys.exit(__doc__)
+    COMMANDS[sys.argv[1]](Path(sys.argv[2]))
