@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['BATCH_NORMS', 'WEIGHTED', 'ACTIVATIONS', 'POOLS', 'SHAPES', 'PASSED', 'RULES', 'OPERATIONS', 'KNOWN', 'LARGEST',
            'PRECISIONS', 'Box', 'check_eps', 'ball', 'Scale', 'fixed', 'Add', 'Subtract', 'SpatialMean', 'Reshape',
-           'weigh', 'entry', 'Step', 'propagate', 'exactly', 'read', 'margins', 'prepare', 'settled', 'margin_bounds',
-           'proved', 'recorded']
+           'weigh', 'entry', 'Step', 'folded', 'propagate', 'exactly', 'read', 'margins', 'prepare', 'settled',
+           'margin_bounds', 'proved', 'recorded']
 
 # %% ../../nbs/deterministic/boxes.ipynb #5721db37
 import copy
 import inspect
 import operator
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -140,7 +141,7 @@ def weigh(
 def _weighted(layer, box):
     centre = weigh(layer, box.centre)
     width = weigh(layer, box.upper - box.lower, absolute=True)
-    return Box(torch.add(centre, width, alpha=-.5), torch.add(centre, width, alpha=.5))
+    return Box(torch.add(centre, width, alpha=-.5), centre.add_(width, alpha=.5))
 
 def _scaled(layer, box):
     ends = layer(box.lower), layer(box.upper)
@@ -228,6 +229,8 @@ def _check_layer(layer, values, where):
     "Refuse what the rules would get wrong."
     what = type(layer).__name__
     if entry(layer, KNOWN) is None: raise _refused(what, where)
+    if isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward:
+        raise _refused(f"{what} with a convolution of its own", where)
     if len(values) != 1 + isinstance(layer, (Add, Subtract)):
         raise _refused(f"{what} of {len(values)} values of the network", where)
     for name in 'negative_slope', 'alpha', 'beta', 'divisor_override':
@@ -295,17 +298,47 @@ def _steps(model):
                 inputs = tuple(place[value] for value in values)
                 steps.append(Step(where, _alone(layer, node, where), inputs))
 
+# %% ../../nbs/deterministic/boxes.ipynb #d7c2a6a6
+def _with_scale(conv, scale):
+    "A convolution and the scale behind it as one convolution."
+    other = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                      conv.dilation, conv.groups, padding_mode=conv.padding_mode, device='meta')
+    del other.weight, other.bias                     # tensors with the gradients of both take their place
+    other.weight = conv.weight.to(scale.factor) * scale.factor.view(-1, 1, 1, 1)
+    bias = 0. if conv.bias is None else conv.bias.to(scale.factor) * scale.factor
+    other.bias = scale.shift + bias
+    return other
+
+# %% ../../nbs/deterministic/boxes.ipynb #2b855f60
+def folded(
+    steps,            # of `read`
+    like,             # tensor of the precision that is wanted
+    statistics=None,  # of `fixed`: which statistics batch-norms take; None: the running ones
+)->list:              # of `Step`; gradients flow
+    "The same network without batch-norms: each is a scale, or part of the convolution before it."
+    readers = Counter(i for step in steps for i in step.inputs)
+    found = []
+    place = []   # of each step's value in `found`
+    for step in steps:
+        layer = fixed(step.layer, like, statistics)
+        inputs = tuple(place[i] for i in step.inputs)
+        before = found[inputs[0]] if inputs else None
+        scales = isinstance(layer, Scale) and entry(before.layer, [nn.Conv2d]) and readers[step.inputs[0]] == 1
+        if scales: found[inputs[0]] = Step(before.name, _with_scale(before.layer, layer), before.inputs)
+        else: found.append(Step(step.name, layer, inputs))
+        place.append(inputs[0] if scales else len(found) - 1)
+    return found
+
 # %% ../../nbs/deterministic/boxes.ipynb #d2cb3a20
 def propagate(
-    steps,            # of `read`
-    box,              # of the images
-    statistics=None,  # of `fixed`: which statistics batch-norms take; None: the running ones
-    rules=RULES,      # type of layer -> its rule; others than these prove nothing
-)->list:              # a box for each step, the image's first; gradients flow
+    steps,        # of `read` or `folded`; batch-norms that are left take their running statistics
+    box,          # of the images
+    rules=RULES,  # type of layer -> its rule; others than these prove nothing
+)->list:          # a box for each step, the image's first; gradients flow
     "The boxes of all layers."
     boxes = [box]
     for step in steps[1:]:
-        layer = fixed(step.layer, box.lower, statistics)
+        layer = fixed(step.layer, box.lower)
         rule = rules[entry(layer, rules)]
         boxes.append(rule(layer, *(boxes[i] for i in step.inputs)))
     return boxes
@@ -356,13 +389,14 @@ def margins(
     "Lower bounds of how far class y leads each class."
     weight = head.weight.to(features.lower)
     bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.to(weight)
-    centre = features.centre
-    radius = features.radius
+    labels, which = y.unique(return_inverse=True)
+    which = which[:, None, None]
     parts = []
-    for classes in torch.arange(len(weight), device=y.device).split(max(1, LARGEST // features.lower.numel())):
-        lead = weight[y][:, None] - weight[classes]                                                    # [b, c, d]
-        middle = torch.einsum('bcd,bd->bc', lead, centre) + bias[y][:, None] - bias[classes]
-        parts.append(middle - torch.einsum('bcd,bd->bc', lead.abs(), radius))
+    for classes in torch.arange(len(weight), device=y.device).split(max(1, LARGEST // weight[labels].numel())):
+        lead = weight[labels][:, None] - weight[classes]                                               # [l, c, d]
+        middle = torch.einsum('lcd,bd->blc', lead, features.centre) + bias[labels][:, None] - bias[classes]
+        bounds = middle - torch.einsum('lcd,bd->blc', lead.abs(), features.radius)
+        parts.append(bounds.take_along_dim(which, 1)[:, 0])
     return torch.cat(parts, 1)
 
 # %% ../../nbs/deterministic/boxes.ipynb #118e6953
@@ -375,7 +409,7 @@ def prepare(
     y,                    # classes that should lead, int64 [b]
     eps=None,             # half-width in [0,1]-pixel units: one number, or one for each image; None with a `Box`
     precision='float32',  # or float64
-)->tuple:                 # steps of the network, `Box` of the images, y
+)->tuple:                 # steps of the network, folded; `Box` of the images; y
     "What is to be proved, looked at before any work."
     if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
     if (eps is None) != isinstance(x, Box):
@@ -388,7 +422,7 @@ def prepare(
     y = check_labels(y, len(first), len(steps[-1].layer.weight))
     where = dict(device=device_of(model), dtype=PRECISIONS[precision])
     box = Box(*(end.to(**where) for end in x)) if isinstance(x, Box) else ball(x.to(**where), eps)
-    return steps, box, y.to(device_of(model))
+    return folded(steps, box.lower), box, y.to(device_of(model))
 
 # %% ../../nbs/deterministic/boxes.ipynb #49a02f24
 def _check_box(box):
@@ -442,7 +476,7 @@ def proved(
 def recorded(
     steps,  # of `read`
 ):          # yields a dict: batch-norm layer -> mean and variance [C] of the last batch that it saw, with gradients
-    "Within the block, note the batch statistics of forward passes, as `propagate` takes them."
+    "Within the block, note the batch statistics of forward passes, as `folded` takes them."
     seen = {}
     def look(layer, given):
         dims = [dim for dim in range(given[0].dim()) if dim != 1]

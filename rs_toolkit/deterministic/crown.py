@@ -77,7 +77,6 @@ def lower_bounds(
     boxes,            # Box of each step; those before a ReLU say where it bends
     position,         # of the step that is asked about
     A,                # questions [b, s, *shape]: coefficients of the numbers of its value
-    statistics=None,  # of `boxes.fixed`
 )->torch.Tensor:      # [b, s]; gradients flow
     "Lower bounds of linear functions of a layer's value, for all images of the first box."
     waiting = {position: A}
@@ -85,7 +84,7 @@ def lower_bounds(
     for i in range(position, 0, -1):
         if i not in waiting: continue
         A = waiting.pop(i)
-        layer = fixed(steps[i].layer, A, statistics)
+        layer = fixed(steps[i].layer, A)
         parts, constant = BACKWARD[entry(layer, BACKWARD)](layer, A, *(boxes[j] for j in steps[i].inputs))
         total = total + constant
         for j, part in zip(steps[i].inputs, parts): waiting[j] = waiting[j] + part if j in waiting else part
@@ -106,7 +105,6 @@ def tighter(
     boxes,            # Box of each step
     position,         # of the step whose box is asked for
     questions=1000,   # numbers of its value that are asked about at a time
-    statistics=None,  # of `boxes.fixed`
     every=False,      # ask about every number, not only about those that leave a ReLU undecided
 )->Box:
     "The box of one layer by linear bounds, where they are tighter."
@@ -120,8 +118,8 @@ def tighter(
     order = asked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
     for part in order.split(questions, 1):
         A = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part[..., None], 1.).unflatten(2, shape[1:])
-        low = lower_bounds(steps, boxes, position, A, statistics)
-        high = -lower_bounds(steps, boxes, position, -A, statistics)
+        low = lower_bounds(steps, boxes, position, A)
+        high = -lower_bounds(steps, boxes, position, -A)
         lower = lower.scatter(1, part, torch.maximum(low, lower.gather(1, part)))
         upper = upper.scatter(1, part, torch.minimum(high, upper.gather(1, part)))
     return Box(lower.unflatten(1, shape[1:]), upper.unflatten(1, shape[1:]))
@@ -132,15 +130,14 @@ def layer_boxes(
     box,                # of the images
     intermediate='ibp', # 'ibp': interval bounds; 'crown': tighter ones before each ReLU
     questions=1000,     # of `tighter`
-    statistics=None,    # of `boxes.fixed`
 )->list:                # a box for each step
     "The boxes that tell where each ReLU bends."
-    boxes = propagate(steps, box, statistics)
+    boxes = propagate(steps, box)
     if intermediate == 'ibp': return boxes
     relus = [step for step in steps if isinstance(step.layer, nn.ReLU)]
     for step in relus:
         [before] = step.inputs
-        boxes[before] = tighter(steps, boxes, before, questions, statistics)
+        boxes[before] = tighter(steps, boxes, before, questions)
     return boxes
 
 # %% ../../nbs/deterministic/crown.ipynb #9b0637e0
@@ -149,14 +146,13 @@ def margins(
     boxes,            # of `layer_boxes`
     y,                # classes that should lead, int64 [b]
     questions=1000,   # classes at a time
-    statistics=None,  # of `boxes.fixed`
 )->torch.Tensor:      # [b, k]; 0 at y; gradients flow
     "Lower bounds of how far class y leads each class."
     one_hot = torch.eye(len(steps[-1].layer.weight), dtype=boxes[0].lower.dtype, device=y.device)
     parts = []
     for classes in one_hot.split(questions):
         lead = one_hot[y][:, None] - classes                                       # [b, c, k]
-        parts.append(lower_bounds(steps, boxes, len(steps) - 1, lead, statistics))
+        parts.append(lower_bounds(steps, boxes, len(steps) - 1, lead))
     return torch.cat(parts, 1)
 
 # %% ../../nbs/deterministic/crown.ipynb #b876eb7c

@@ -24,7 +24,7 @@ from ..common import check_number, check_samples, document, unknown
 from ..data import CRAFTING
 from . import crown
 from .boxes import (BATCH_NORMS, RULES, WEIGHTED, Add, Box, Subtract, ball, check_eps, entry,
-                                            exactly, fixed, margins, propagate, read, recorded)
+                                            exactly, folded, margins, propagate, read, recorded)
 from ..methods.core import Method, check_epoch, duration_of, epoch_of
 from ..models import Normalize, frozen
 from ..noise import as_logits, gaussian_noise
@@ -317,10 +317,9 @@ def pass_with(
     statistics,  # of `Pass`: with which batch-norms work
 )->Pass:
     "A forward pass layer by layer, with statistics of another batch. The running ones do not change."
+    steps = folded(steps, x, statistics)
     values = [x]
-    for step in steps[1:]:
-        layer = fixed(step.layer, x, statistics)
-        values.append(layer(*(values[i] for i in step.inputs)))
+    for step in steps[1:]: values.append(step.layer(*(values[i] for i in step.inputs)))
     return Pass(values[-1].float(), values[steps[-1].inputs[0]].float(), statistics)
 
 # %% ../../nbs/deterministic/training.ipynb #200b3b88
@@ -339,7 +338,7 @@ class View:
     "What a loss may look at: one batch, its worst points and its box."
     x:torch.Tensor     # images [b, C, H, W]
     y:torch.Tensor     # labels [b]
-    steps:list         # of `read`
+    steps:list         # of `folded`, with the statistics of the worst points
     clean:Pass         # of the images
     worst:Pass         # of the worst points; of the images, without an attack or without a box
     boxes:list         # of each step; None: no box yet
@@ -421,11 +420,12 @@ class Certified(InBox):
         attacked = self.attacks and self.radius > 0
         needed = not attacked or self.bn == 'clean' or self.w < 1 or self.sees_clean
         with torch.set_grad_enabled(torch.is_grad_enabled() and needed): clean = observe(model, steps, x)
-        if not self.radius: return View(x, y, steps, clean, clean, None, self.progress)
         worst = clean
         points = x
         if attacked: points, worst = self.look_at_worst(model, steps, x, y, index, clean)
-        with exactly(x.device): boxes = propagate(steps, self.box(x, points), worst.statistics, self.rules)
+        with exactly(x.device):
+            steps = folded(steps, x, worst.statistics)
+            boxes = propagate(steps, self.box(x, points), self.rules) if self.radius else None
         return View(x, y, steps, clean, worst, boxes, self.progress)
 
     def look_at_worst(self, model, steps, x, y, index, clean):
@@ -441,7 +441,7 @@ class Certified(InBox):
         "The term of the warm-up; before there is a box, of one that is next to nothing."
         boxes = view.boxes
         if boxes is None:
-            with exactly(view.x.device): boxes = propagate(view.steps, ball(view.x, 1e-6), view.worst.statistics)
+            with exactly(view.x.device): boxes = propagate(view.steps, ball(view.x, 1e-6))
         return warm_up_term(view.steps, boxes)
 
     def end_epoch(self, model, data):
@@ -568,7 +568,7 @@ class CROWNIBP(Certified):
         bounds = view.bounds
         if view.boxes is not None and view.progress < 1:
             with exactly(view.x.device):
-                linear = crown.margins(view.steps, view.boxes, view.y, statistics=view.worst.statistics)
+                linear = crown.margins(view.steps, view.boxes, view.y)
             bounds = torch.lerp(linear, bounds, view.progress)
         return {'robust': surprise(bounds, view.y).mean()}
 
