@@ -1,5 +1,6 @@
 "Bounds through networks: sound for every layer and every network that is accepted, whatever is asked of them."
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def network(name):
     torch.manual_seed(0)
     model = unsettled(make())
     return model, torch.rand(3, *shape), torch.tensor([0, 2, 1])
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_ball_holds_all_that_is_asked_for(dtype):
+    "In exact numbers, also where eps is no number of single precision, and the end of the box is near 0."
+    torch.manual_seed(0)
+    x = torch.cat([torch.rand(500), torch.arange(17)/16]).to(dtype).reshape(-1, 1, 1, 1)
+    for eps in .06, .0600001, 1/255, 8/255, .1, 1e-9:
+        box = ball(x, eps)
+        for pixel, low, high in zip(*(t.flatten().tolist() for t in (x, *box))):
+            assert Fraction(low) <= max(Fraction(pixel) - Fraction(eps), 0), (pixel, eps)
+            assert Fraction(high) >= min(Fraction(pixel) + Fraction(eps), 1), (pixel, eps)
+            assert high - low <= 2*eps + 3e-7
+    assert all(torch.equal(end, x) for end in ball(x, 0.))
 
 def worst(margins, y): return margins.scatter(1, y[:, None], torch.inf).amin(1)
 

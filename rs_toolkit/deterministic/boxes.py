@@ -55,9 +55,10 @@ def ball(
     eps,    # half-width in [0,1]-pixel units: one number, or one for each image
 )->Box:     # rounded outwards, cut off at 0 and 1
     "The images that differ from `x` by at most `eps` in every pixel."
-    radius = check_eps(eps, len(x)).to(x).reshape(-1, 1, 1, 1)
-    lower = torch.nextafter(x - radius, torch.where(radius > 0, -torch.inf, x))
-    upper = torch.nextafter(x + radius, torch.where(radius > 0, torch.inf, x))
+    radius = check_eps(eps, len(x)).to(x.device).reshape(-1, 1, 1, 1)
+    wide = radius > 0
+    lower = torch.nextafter((x.double() - radius).to(x), torch.where(wide, -torch.inf, x))
+    upper = torch.nextafter((x.double() + radius).to(x), torch.where(wide, torch.inf, x))
     return Box(lower.clamp(min=0), upper.clamp(max=1))
 
 # %% ../../nbs/deterministic/boxes.ipynb #ed87b647
@@ -480,7 +481,8 @@ def recorded(
     seen = {}
     def look(layer, given):
         dims = [dim for dim in range(given[0].dim()) if dim != 1]
-        seen[layer] = given[0].mean(dims), given[0].var(dims, unbiased=False)
+        var, mean = torch.var_mean(given[0], dims, correction=0)
+        seen[layer] = mean, var
     layers = {step.layer for step in steps if isinstance(step.layer, BATCH_NORMS)}
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     try: yield seen

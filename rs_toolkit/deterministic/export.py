@@ -16,9 +16,10 @@ from torch import nn
 
 # %% ../../nbs/deterministic/export.ipynb #50cdf219
 from ..certify import chosen
-from ..common import check_number, check_samples, document, saving, write_file
+from ..common import check_samples, document, saving, write_file
 from ..data import check_images, check_labels, some_images
 from .boxes import Box, ball
+from .verify import check_half_width
 from ..models import check_model
 
 # %% ../../nbs/deterministic/export.ipynb #01b0a8a6
@@ -88,7 +89,8 @@ def export_problems(
     idx=None,      # data-set index of each image, which names its file; default: position
 )->pd.DataFrame:   # idx, label, and the names of the files
     "Write what a complete verifier reads: is another answer possible in the box of an image?"
-    eps = check_number(eps, 'eps (in [0,1]-pixel units: 8/255, not 8)', 0, 1)
+    _onnx()
+    eps = check_half_width(eps, 'eps')
     timeout = check_samples(timeout, 'timeout')
     images, labels, idx = chosen(images, labels, idx, every)
     first, _ = check_images(some_images(images, [0])[:])
