@@ -215,7 +215,8 @@ def check_norms(
     smallest = min(norms.values(), key=list(BALLS).index)
     raise ValueError(f"radii of different norms do not stand in one curve or table ({told}). "
                      "A ball of a larger norm contains that of the same radius in a smaller one: "
-                     f"what as_l{smallest}(log) makes of the others holds in the norm {smallest}, too")
+                     f"what as_l{smallest}(log) makes of the others holds in the norm {smallest}, too; "
+                     f"so does compare.ipynb with -p norm {smallest}")
 
 # %% ../nbs/06_metrics.ipynb #51da8a40
 def as_l2(

@@ -1,5 +1,6 @@
 "Verification, image by image: what is proved and refuted, and the log that says so."
 import copy
+import time
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from forked import SERVER
 from rs_toolkit import metrics, tables
+from rs_toolkit.common import data_folder
 from rs_toolkit.data import load
 from rs_toolkit.deterministic import boxes, crown, verify
 from rs_toolkit.deterministic.boxes import Box
@@ -74,6 +77,55 @@ def test_a_stopped_run_goes_on(network, tmp_path, search):
     seen = []
     same(go_on('stopped', lambda log: seen.append(len(log))), go_on('whole'))
     assert seen == [24]
+
+def prove(path, call, pause=0.):
+    "With a network that everyone can make again."
+    torch.manual_seed(0)
+    model = build('mlp', 10, 1, 8)
+    call(model, X, Y, .02, verifier=CHEAP, batch_size=2, log=path, watch=lambda log: time.sleep(pause), **quiet)
+
+@pytest.mark.parametrize('call', [verify_dataset, partial(largest_eps, tolerance=.005)], ids=['at an eps', 'largest'])
+def test_a_killed_run_goes_on(tmp_path, call):
+    prove(tmp_path/'whole', call)
+    process = SERVER.Process(target=prove, args=(tmp_path/'killed', call, .1))
+    process.start()
+    end = time.monotonic() + 120
+    def lines(): return (tmp_path/'killed').read_text().count('\n') if (tmp_path/'killed').exists() else 0
+    while lines() < 8 and process.is_alive() and time.monotonic() < end: time.sleep(.01)
+    process.kill()                                                                   # SIGKILL
+    process.join()
+    assert 7 <= len(read_log(tmp_path/'killed')) < 24
+    prove(tmp_path/'killed', call)
+    same(read_log(tmp_path/'killed'), read_log(tmp_path/'whole'))
+
+def logs_of_proofs():
+    "What the project ships."
+    logs = {path: read_log(path) for path in data_folder().rglob('*.tsv*')}
+    return {path: log for path, log in logs.items() if 'verifier' in log}
+
+def test_no_shipped_log_proves_what_it_refutes():
+    logs = logs_of_proofs()
+    if not logs: pytest.skip('no log of proofs is shipped')
+    for path, log in logs.items():
+        found = status(log)
+        sure = log[found == 'verified']
+        assert (sure.correct == 1).all() and (sure.predict == sure.label).all() and (sure.radius > 0).all(), path
+        assert (log.radius[found != 'verified'] == 0).all(), path
+        [shares] = accuracies({'it': log}).drop(columns='unknown').to_numpy()
+        assert (np.diff(shares[2:]) >= 0).all() and shares[0] >= shares[1] >= shares[-1], path
+
+def test_what_a_log_refutes_it_may_not_prove(tmp_path, network):
+    "The sentence that the test above relies on."
+    log = tmp_path/'log'
+    verify_dataset(network, X, Y, .05, verifier=FAST, log=log, **quiet)
+    lines = log.read_text().splitlines()
+    columns = lines[0].split('\t')
+    row = next(i for i, line in enumerate(lines) if line.split('\t')[columns.index('by')] == 'attack')
+    fields = lines[row].split('\t')
+    fields[columns.index('radius')] = '0.05'
+    lines[row] = '\t'.join(fields)
+    log.write_text('\n'.join([*lines, '']))
+    with pytest.raises(ValueError, match='refuted'): read_log(log)
 
 def test_another_question_is_refused_in_the_same_log(network, tmp_path):
     ask = partial(verify_dataset, network, X[:4], Y[:4], log=tmp_path/'log', verifier=CHEAP, **quiet)
@@ -202,8 +254,14 @@ def test_tables_hold_proofs_and_not_votes_beside_them(network, tmp_path):
     table = tables.table_of(rows, [0, .05])
     assert table.index.get_level_values('sigma').unique().tolist() == [0]
     assert table[.05].iloc[0] == round(100*metrics.certified_accuracy(read_log(tmp_path/'a'/'certify.tsv'), .05), 1)
-    with pytest.raises(ValueError, match='different norms.*as_l2'):
-        tables.read_runs([tmp_path/'a', 'data/digits-gaussian'])
+    both = tmp_path/'a', 'data/digits-gaussian'
+    with pytest.raises(ValueError, match='different norms.*as_l2.*compare.ipynb with -p norm 2'):
+        tables.read_runs(both)
+    together = tables.read_runs(both, norm=2)
+    assert together.sigma.unique().tolist() == [0, .25]
+    held = together[(together.sigma == 0) & (together.radius == 0)].certified_accuracy.item()
+    assert held == metrics.certified_accuracy(read_log(tmp_path/'a'/'certify.tsv'), 0.)
+    with pytest.raises(ValueError, match='norm is 1, 2, or 0'): tables.read_runs(both, norm=3)
 
 def test_boxes_explode_in_a_deep_network_that_never_saw_them(network):
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ import torch
 from rs_toolkit.attacks import ddn, smoothed_pgd, sphere_attack
 from rs_toolkit.curriculum import EasyData
 from rs_toolkit.data import load
-from rs_toolkit.deterministic.training import CROWNIBP, IBP, Adversarial, CCDist
+from rs_toolkit.deterministic.training import (CCIBP, CROWNIBP, IBP, MTLIBP, NFGSM, SABR, ADCert, Adversarial, CCDist,
+                                               ExpIBP)
 from rs_toolkit.methods.catrs import CATRS
 from rs_toolkit.methods.consistency import Consistency
 from rs_toolkit.methods.core import switch_on, warm_up
@@ -43,7 +44,13 @@ METHODS = {  # the method, and the curriculum
     'adversarial': lambda: (Adversarial(.1, steps=2, restarts=2, eps_epochs=2), None),
     'ibp': lambda: (IBP(.1, lbd=0., l1=1e-5), None),
     'crown_ibp': lambda: (CROWNIBP(.1, eps_start=1, eps_epochs=3), None),
-    'ccdist': lambda: (CCDist(.1, build('small_cnn', 10, 1, 8)), None)}
+    'cc_ibp': lambda: (CCIBP(.1, restarts=2), None),
+    'mtl_ibp': lambda: (MTLIBP(.1, bn='clean', w=.9), None),
+    'exp_ibp': lambda: (ExpIBP(.1, reduction='image'), None),
+    'sabr': lambda: (SABR(.1, share=.3, shrink=.8, reach=2., steps=2, step_size=.5), None),
+    'ccdist': lambda: (CCDist(.1, build('small_cnn', 10, 1, 8)), None),
+    'ad_cert': lambda: (ADCert(.1, build('small_cnn', 10, 1, 8)), None),
+    'n_fgsm': lambda: (NFGSM(.1), None)}
 
 def train(out, processes, names):
     "Train with each method named, or go on where it was killed; leave weights and losses."
