@@ -34,7 +34,7 @@ def here(monkeypatch): monkeypatch.chdir(ROOT/'nbs/explore')
 
 def picture(explorer):
     "All that is drawn, in a number: when texts of this length differ, pytest takes minutes to say where."
-    traces = [t for t in explorer.fig.data if t.x is not None and len(t.x)]
+    traces = [t for t in shown(explorer).values() if t.x is not None and len(t.x)]
     drawn = [(t.name, tuple(t.x), tuple(t.y), str(t.text), t.line.color, t.line.dash) for t in traces]
     ranges = [explorer.fig.layout[axis].range for axis in ('yaxis2', 'yaxis3', 'xaxis4')]
     return hash((*drawn, *ranges))

@@ -309,7 +309,7 @@ def landscape_figure(s:Landscape=None)->go.Figure:
     fig.update_xaxes(axis, title='pixel 1')
     fig.update_yaxes(axis, title='pixel 2')
     for col, xaxis in [(1, 'x'), (2, 'x2')]: fig.update_yaxes(scaleanchor=xaxis, row=1, col=col)
-    return common_look(fig, height=380, margin=dict(l=60, r=20, t=35, b=50))
+    return common_look(fig, height=370, margin=dict(l=60, r=20, t=30, b=50))
 
 # %% ../../nbs/explore/how/landscape.ipynb #9b5ce828
 LEGEND = [('dot', INK, '<b>click to move</b>'), ('line', INK, 'proven ball, and where the vote ties'),

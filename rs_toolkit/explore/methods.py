@@ -560,6 +560,7 @@ class MethodsExplorer(Explorer):
 
     def __init__(self, source='CIFAR-10, published'):
         self.opened = None      # source and runs of which the rows are
+        self.typed = 'runs/*'   # what the field of runs said last
         self.choice = None      # what is shown
         self.table = W.HTML()
         self.folder = W.Text('export', description='folder')
@@ -580,8 +581,8 @@ class MethodsExplorer(Explorer):
 
     def load(self):
         "Read the rows of the source, and offer what they have."
-        named = self.opened and self.values['runs'] != self.opened[1]
-        if named and self.values['source'] == self.opened[0]: self.put(self.controls['source'], MINE)
+        if self.typed != self.values['runs']: self.put(self.controls['source'], MINE)
+        self.typed = self.values['runs']
         wanted = self.values['source'], self.values['runs']
         if self.opened == wanted: return
         self.rows, self.note, self.cost = open_source(*wanted)
