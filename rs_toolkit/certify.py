@@ -232,6 +232,7 @@ def _plain(settings):
                       f"level in 0-255 units give sigma={sigma/255:.3g}", stacklevel=5)
     if settings.precision not in PRECISIONS: raise unknown('precision', settings.precision, PRECISIONS)
     norm = settings.norm if isinstance(settings.norm, str) else f'{settings.norm:g}'          # 1, 2, math.inf
+    norm = norm.removeprefix('l')                                                              # l1, l2, linf
     if norm not in SMOOTHINGS: raise unknown('norm', norm, SMOOTHINGS)
     if settings.exact_noise and SMOOTHINGS[norm].fill is not fill_normal:
         raise ValueError(f"exact noise is Gaussian, and balls of the norm {norm} take another noise: "

@@ -325,9 +325,10 @@ def results(
 )->dict:               # plain numbers: images, acr, abstention_rate, certified_accuracy_0.25 ..., certify_seconds
     "What a run records of its certificates, one flat record."
     acr = None if why_no_acr(log) else float(average_certified_radius(log))
+    digits = 2 if len({f'{r:.2f}' for r in radii}) == len(radii) else 4             # two radii need two names
     accuracy = zip(radii, certified_accuracy(log, radii))
     return dict(images=len(log), acr=acr, abstention_rate=float(abstention_rate(log)),
-                **{f'certified_accuracy_{r:.2f}': float(a) for r, a in accuracy},
+                **{f'certified_accuracy_{r:.{digits}f}': float(a) for r, a in accuracy},
                 certify_seconds=log.time.dt.total_seconds().sum())
 
 # %% ../nbs/06_metrics.ipynb #feece5bb

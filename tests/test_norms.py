@@ -34,6 +34,10 @@ def test_l1_by_the_definition():
         assert c.counts == tuple(votes) and c.norm == '1'
         assert c.radius == (round_down(2*width*(p - .5)) if p > .5 else 0)
 
+def test_names_of_norms():
+    assert certify(HALF, IMAGES, .5, n=100, norm=1) == certify(HALF, IMAGES, .5, n=100, norm='l1')
+    assert certify(HALF, IMAGES, .5, n=100, norm=math.inf) == certify(HALF, IMAGES, .5, n=100, norm='linf')
+
 def test_l_inf_is_a_part_of_l2():
     "The same votes; a box of half-width r/sqrt(d)."
     for ball, box in zip(certify(HALF, IMAGES, .5, n=1000), certify(HALF, IMAGES, .5, n=1000, norm=math.inf)):
@@ -86,7 +90,7 @@ def test_uniform_noise_ends():
     assert predict(HALF, far, .25, n=11, norm='1') == 1               # so few suffice, as no vote is lost
 
 @pytest.mark.parametrize('given, says', [
-    (dict(norm='l1'), "unknown norm 'l1'"), (dict(norm=3), "unknown norm '3'"),
+    (dict(norm='l7'), "unknown norm '7'"), (dict(norm=3), "unknown norm '3'"),
     (dict(norm='1', exact_noise=True), 'exact noise is Gaussian')])
 def test_what_goes_wrong_says_so(given, says):
     with pytest.raises(ValueError, match=says): certify(None, IMAGES, .5, **given)
