@@ -116,7 +116,7 @@ def add_traces(
         fig.data[-1].update(traces[name])
 
 # %% ../../nbs/explore/00_core.ipynb #57f26846
-MARKS = dict(line='━━', dash='╍╍', dot='●', zone='▒▒', copies='▲', square='□', cross='✖')
+MARKS = dict(line='━━', dash='╍╍', dot='●', zone='▒▒', copies='▲', square='□', cross='✖', block='■')
 
 def key_to(
     entries,  # of (mark, a key of `MARKS`; colour; words)
