@@ -1,7 +1,10 @@
 """Pages without a kernel: opened from a file, moved in a browser, and compared with the explorer itself."""
 import numpy as np
+import pytest
 
 from explorer import shown
+from rs_toolkit.command import explorers
+from rs_toolkit.explore.core import moves
 from rs_toolkit.explore.page import stops_of
 from rs_toolkit.explore.radius import RadiusExplorer
 
@@ -42,6 +45,13 @@ def test_a_slider_moves_without_a_kernel(browser, tmp_path):
     assert len(set(curves)) == 3, 'neither the curve nor the words have changed'
     assert errors == []
     assert [url for url in asked if not url.startswith(('file:', 'blob:', 'data:'))] == []
+
+@pytest.mark.parametrize('name', ['acr', 'methods', 'p_a', 'sequential'])
+def test_other_pages_can_be_saved(tmp_path, name):
+    explorer = explorers()[name]()
+    explorer.travels = {next(key for key, control in explorer.controls.items() if moves(control)): 1}
+    text = explorer.export(tmp_path/f'{name}.html').read_text()
+    assert all(f'{control.description}: ' in text for control in explorer.controls.values() if not moves(control))
 
 def test_the_button_says_where_the_page_lies(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

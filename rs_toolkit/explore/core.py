@@ -368,6 +368,7 @@ class Toggles(W.Box):
         self.mute = False
         self.label = W.Label(description)
         super().__init__(options=tuple(options), value=tuple(value), **more)
+        self.description = description
         self.layout.flex_flow = 'row wrap'
         self.add_class('rs-toggles')
         self.observe(self.offer, 'options')
@@ -645,7 +646,7 @@ class Explorer:
         "Move controls, and wait for the picture."
         for name, value in values.items(): self.put(self.controls[name], value)
         self.update()
-        self.worker.wait()
+        if not self.worker.wait(600): raise TimeoutError("a picture was not finished within ten minutes")
 
 # %% ../../nbs/explore/00_core.ipynb #dd5f4a10
 document(__name__)

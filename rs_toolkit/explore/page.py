@@ -64,9 +64,12 @@ def said_by(
 )->str:         # text
     "The name of a control, and what it says."
     value = control.value
-    if hasattr(control, 'options'): value = getattr(control, 'label', value)
-    elif hasattr(control, 'readout_format'): value = format(value, control.readout_format)
-    words = ', '.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if hasattr(control, 'options'):
+        values, names = _options(control)
+        chosen = [value] if value in values else value                     # one of them, or several
+        words = ', '.join(names[values.index(one)] for one in chosen)
+    elif hasattr(control, 'readout_format'): words = format(value, control.readout_format)
+    else: words = str(value)
     return f'{control.description}: {words}'
 
 # %% ../../nbs/explore/00_page.ipynb #b82cd38e
