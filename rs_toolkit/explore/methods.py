@@ -14,6 +14,7 @@ __all__ = ['PUBLISHED', 'CATRS', 'IDEAL_COST', 'SECONDS', 'MINE', 'SOURCES', 'MO
 # %% ../../nbs/explore/how/methods.ipynb #5c366573
 from dataclasses import dataclass, replace
 from functools import cached_property
+from html import escape
 from pathlib import Path
 
 import ipywidgets as W
@@ -608,6 +609,11 @@ class MethodsExplorer(Explorer):
     def figure(self): return methods_figure(self.chosen(), self.cost)
 
     def look(self, name): return LOOKS[kind_of(name)]
+
+    def legend(self):
+        c = self.choice
+        return [('line', c.colours[c.baseline], f'{escape(c.baseline)}, the baseline'),
+                ('zone', GREY, 'worse than the baseline'), ('line', ORANGE, 'the radius')]
 
     def picture(self):
         c = self.chosen()
