@@ -8,6 +8,7 @@ __all__ = ['BALLS', 'lower_bound', 'votes_of', 'Ball', 'l2_ball', 'certified_rad
            'constant_acr']
 
 # %% ../nbs/00_bounds.ipynb #c5804c13
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ def lower_bound(
     if not ((n >= 1) & (0 <= k) & (k <= n)).all():
         raise ValueError(f"votes must satisfy 0 <= k <= n and n >= 1, got k={k} of n={n}")
     p = betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, alpha)
-    return np.where(k == 0, 0., np.where(k == n, alpha**(1/n), p))[()]
+    power = np.frompyfunc(math.pow, 2, 1)      # numpy's, of several numbers, may end in another digit than of one
+    return np.where(k == 0, 0., np.where(k == n, power(alpha, 1/n), p)).astype(float)[()]
 
 # %% ../nbs/00_bounds.ipynb #38efd575
 def votes_of(

@@ -330,16 +330,19 @@ def front(
     title='',               # the finding
 )->go.Figure:
     "What is gained in one share against what is paid in another: a line per method through its settings."
-    means = networks.groupby(['method', 'alpha'], dropna=False)[[across, up]].mean().reset_index()
+    shares = networks.dropna(subset=[across, up]).groupby(['method', 'alpha'], dropna=False)[[across, up]]
+    means = shares.mean().reset_index()
     colour = colours(means.method.unique())
     fig = go.Figure()
     ends = []
-    for name, line in means.groupby('method'):
-        settings = [f'alpha {alpha:g}' if alpha == alpha else '' for alpha in line.alpha]
+    for number, (name, line) in enumerate(means.groupby('method')):
+        settings = [f'{alpha:g}' if alpha == alpha else '' for alpha in line.alpha]
+        above_or_below = ['top center', 'bottom center'][number % 2]
         fig.add_scatter(x=line[across], y=line[up], name=name, mode='lines+markers+text', text=settings,
-                        textposition='bottom center', textfont_size=11, marker_size=8,
-                        line=dict(color=colour[name], width=2), hovertemplate='%{x:.1%}, %{y:.1%} %{text}')
-        ends.append((name, line[across].iloc[-1], line[up].iloc[-1], colour[name]))
+                        textposition=above_or_below, textfont=dict(size=11, color=colour[name]), marker_size=8,
+                        line=dict(color=colour[name], width=2), hovertemplate='%{x:.1%}, %{y:.1%}, alpha %{text}')
+        lowest = line.loc[line[up].idxmin()]
+        ends.append((name, lowest[across], lowest[up], colour[name]))
     span = np.ptp(means[up])
     name_ends(fig, ends, gap=.06*span)
     axis = dict(tickformat='.1%')

@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 BOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 RUNS = ['train', 'train_deterministic', 'certify', 'compare', 'benchmark']
 PAGES = [p for p in BOOKS if p.parent.name == 'explore' and not p.stem[0].isdigit()]         # they run in a browser
-STORIES = [*RUNS, 'index', 'any_model', 'papers', 'course', 'exercises']
+STORIES = [*RUNS, 'index', 'any_model', 'papers', 'course', 'exercises', 'teacher']
 LIBRARY = [p for p in BOOKS if p not in PAGES and p.stem not in STORIES]
 HOW = [p for p in BOOKS if p.parent.name == 'how']
 PROGRAMS = sorted([ROOT/'setup.py', *(ROOT/'tests').glob('*.py'), *(ROOT/'tools').glob('*.py')])
@@ -42,7 +42,7 @@ def is_parameters(cell): return 'parameters' in cell.metadata.get('tags', [])
 
 # --- notebooks ---
 
-@each_library_book
+@pytest.mark.parametrize('path', [*LIBRARY, ROOT/'nbs/deterministic/teacher.ipynb'], ids=named)
 def test_notebook_runs(path):
     code, said = forked(execute, path)
     assert code == 0, said[-4000:]
