@@ -276,7 +276,7 @@ def test_views():
 def test_tips_set_what_they_speak_of():
     for number, tip in enumerate(TIPS):
         e = BoxesExplorer()
-        e.buttons[number].click()
+        e.tip_buttons[number].click()
         assert tip.words in e.hint.value
         assert e.toggle.value == tip.view
         assert {name: e.values[name] for name in tip.sets} == tip.sets
