@@ -30,6 +30,7 @@ PROGRAMS = {
     'papermill': f'''
 case "$*" in
     *--help-notebook*) more=() ;;
+    *nbs/train_deterministic.ipynb*) more=(-p epochs 2 -p teacher_epochs 1 -p every 90 --no-progress-bar) ;;
     *nbs/train.ipynb*) more=(-p epochs 1 -p every 90 -p n 300 --no-progress-bar) ;;
     *) more=(--no-progress-bar) ;;
 esac
@@ -125,6 +126,7 @@ def test_commands_run_from_the_top(project):
     assert record('brier')['images'] == 4
     assert 'brier' in pd.read_csv(project/'runs/brier/history.csv')
     assert len(read_log(project/'runs/brier/certify.tsv')) == 4
+    assert record('proofs')['verified_PGD'] >= record('proofs')['verified_CROWN']
     assert record('pictures')['dataset'] == 'folder:pictures'
     assert record('consistency')['sigma'] == .5
     for seed in 0, 1: assert record(f'sweep/0.25-seed{seed}')['seed'] == seed
