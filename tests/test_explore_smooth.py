@@ -50,7 +50,7 @@ def check_curves(t, c):
     ceiling = [max_radius(c.sigma, int(i), c.alpha) for i in t['ceiling'].x]
     np.testing.assert_allclose(t['ceiling'].y, ceiling)
     assert list(t['certificate'].y) == ([c.radius] if c.prediction >= 0 else [])
-    assert t['share end'].text[0] == f' share {c.counts[c.selected] / n:.4f}'
+    assert t['share end'].text[0] == f'share {c.counts[c.selected] / n:.4f} '
     assert t['zone'].y[2] == .5
 
 def check_votes(t, c):
