@@ -109,7 +109,7 @@ def test_progress_of_smooth_is_seen_at_once_in_a_browser(server, browser, capsys
     with server.notebook(browser, SMOOTH.relative_to(ROOT)) as page:
         lab.run(page)
         times = [first_sign(page, key) for key in ['ArrowLeft'] * 4 + ['ArrowRight'] * 8 + ['ArrowLeft'] * 4]
-        page.locator('button.widget-button', has_text='Stop').click()
+        page.locator('button[title=Stop]').click()
         lab.wait(page, says('no certificate'), 'Stop did nothing', 10)
         page.locator('button[title^="a new run"]').click()
         lab.wait(page, says('Except with chance'), 'no certificate came', 60)
@@ -121,7 +121,8 @@ def test_progress_of_smooth_is_seen_at_once_in_a_browser(server, browser, capsys
 def test_a_page_that_is_loaded_again_shows_what_it_showed(written, browser):
     server, root = written
     write_notebook(root/'again.ipynb', f'import os; os.chdir({str(ROOT)!r})\n'
-                   'from rs_toolkit.explore.p_a import PAExplorer\nPAExplorer().view')
+                   'from rs_toolkit.explore.p_a import PAExplorer\n'
+                   'page = PAExplorer()\npage.toggle.value = "all"\npage.view')
     with server.notebook(browser, 'again.ipynb') as page:
         lab.run(page)
         lab.press(page, 0, 'ArrowRight')                     # more samples than votes: lines that were not there before

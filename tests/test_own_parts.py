@@ -95,7 +95,7 @@ def test_a_run_of_own_parts_trains_certifies_and_compares(own):
     asked_for = json.loads((run/'config.json').read_text())['parameters']
     assert {name: asked_for[name] for name in given} == given                          # names as they were given
     assert [record(run)[name] for name in ('weight', 'arch_hidden', 'attack_by')] == [2, 40, .05]
-    assert (run/'history.csv').read_text().startswith('epoch,lr,brier,')
+    assert (run/'history.csv').read_text().startswith('epoch,lr,kept,brier,')
     succeed('certify', finer, path=own, checkpoint=str(run), out=str(finer), n=500, every=40)
     succeed('compare', own/'table', path=own, runs=[str(run), str(run/'certify.tsv')], radii=[0])
 

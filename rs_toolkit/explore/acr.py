@@ -339,12 +339,12 @@ class ACRExplorer(Explorer):
         self.offered = first        # the run whose partners the second list has
         most = max(open_run(folder).drawn for folder in self.folders.values())
         super().__init__(dict(
-            dropped=W.FloatSlider(.3, min=0, max=.98, step=.02, readout_format='.0%', description='given up'),
             run=W.Dropdown(options=names, value=first, description='first run'),
             second=W.Dropdown(options=partners(self.folders, first), value=second, description='second run'),
             n=log_slider('samples N', 10_000, 2, np.log10(most), step=.1, readout=',.0f'),
             alpha=log_slider('failure α', .001, -6, -1, step=.5, readout='.1g'),
-            constant_n=log_slider('N, constant', 1e6, 1, 25, step=.5, readout='.1e')))
+            constant_n=log_slider('N, constant', 1e6, 1, 25, step=.5, readout='.1e'),
+            dropped=W.FloatSlider(.3, min=0, max=.98, step=.02, readout_format='.0%', description='given up')))
 
     def load(self):
         "Offer what compares with the first run, and open both."
