@@ -10,26 +10,21 @@ RUNS is where run folders go; a run that is finished is not made again. LOGS hol
 `nbs/papers.ipynb` says which table is which, and what came out.
 """
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
+from recipes import ROOT, run
 from rs_toolkit.log import read_log
 from rs_toolkit.paired import differences, judge
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT/'data/papers'
 
 def train(out, recipe, given='{}'):
     "Run a recipe, with other values for some of its parameters (YAML), unless that has been done."
-    if (out/'metrics.json').exists(): return
-    out.mkdir(parents=True, exist_ok=True)
-    print(out, flush=True)
-    command = [sys.executable, '-m', 'papermill', 'nbs/train.ipynb', out/'train.ipynb', '--no-progress-bar',
-               '-f', f'recipes/{recipe}.yaml', '-y', given, '-p', 'out', out.resolve()]
-    subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
+    run('train', recipe, out.resolve(), **yaml.safe_load(given))
 
 def ship(out, name):
     "Copy what tables read of a run: not its weights."

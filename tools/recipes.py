@@ -13,5 +13,5 @@ def run(book, recipe, out, **given):
     folder.mkdir(parents=True, exist_ok=True)
     print(out, flush=True)
     command = [sys.executable, '-m', 'papermill', f'nbs/{book}.ipynb', f'{out}/executed.ipynb', '--no-progress-bar',
-               '-f', f'recipes/{recipe}.yaml', '-y', json.dumps(given | {'out': str(out), 'device': 'cpu'})]
+               '-f', f'recipes/{recipe}.yaml', '-y', json.dumps(given | {'out': str(out)})]
     subprocess.run(command, cwd=ROOT, check=True)
