@@ -11,6 +11,7 @@ from scipy.stats import beta, norm
 
 from explorer import clamps, complains, move, shown
 from rs_toolkit.distribution import open_log
+from rs_toolkit.explore.door import guests
 from rs_toolkit.explore.p_a import PAExplorer
 from rs_toolkit.metrics import recertify
 
@@ -104,7 +105,7 @@ def check(e, n=10_000, alpha=.001, names=FIRST, folders=FOLDERS, cdf=False):
     assert 'role="status"' in words and 'alert' not in words
 
 MOVES = dict(n=100_000, alpha=1e-6, runs=('Gaussian m=1', 'ACR paper'), data=JPEG, baseline='ACR paper',
-             own='data/digits-gaussian', curve='distribution')
+             own=guests('data/digits-gaussian'), curve='distribution')
 THEN = dict(  # what `check` is told afterwards
     n=dict(n=100_000),
     alpha=dict(alpha=1e-6),
@@ -185,14 +186,9 @@ def test_line_style_tells_sigma():
     assert len({t[f'accuracy {i}'].line.dash for i in range(4)} | {'solid', large.dash}) == 4
 
 WRONG = {
-    'nothing there': (lambda folder: 'nowhere', 'there is no nowhere'),
-    'a folder without a log': (lambda folder: str(folder), 'certify.tsv, neither in'),
-    'another kind of text': (lambda folder: 'data/README.md', 'is not a certification log'),
-    'another kind of file': (lambda folder: 'data/digits-crt/model.safetensors', 'is not a certification log'),
     'other images': (lambda folder: 'data/cifar10-crt', 'different data'),
     'no votes': (lambda folder: published(folder), 'does not hold the votes'),
     'no rows': (lambda folder: empty(folder), 'no image in common'),
-    'markup': (lambda folder: '<b>x</b>', 'there is no &lt;b&gt;x'),
 }
 
 def published(folder):
@@ -207,33 +203,63 @@ def empty(folder):
     return str(folder/'begun.tsv')
 
 @pytest.mark.parametrize('case', WRONG)
-def test_wrong_paths_are_said_and_survived(tmp_path, case):
+def test_guests_that_do_not_compare_are_said_and_survived(tmp_path, case):
     path, message = WRONG[case]
     e = PAExplorer()
     before = picture(e)
-    move(e, own=path(tmp_path))
-    assert complains(e, message)
+    move(e, own=guests(path(tmp_path)))
+    assert complains(e, message) and complains(e, 'is left out')
     assert picture(e) == before
     move(e, n=100_000)                                    # all else goes on
     assert complains(e, 'N = 100,000') and picture(e) != before
-    move(e, own='')
-    check(e, n=100_000)
+    move(e, own=guests({'good': 'data/digits-gaussian', 'bad': path(tmp_path)}))
+    assert 'good' in e.page.runs and 'bad' not in e.page.runs and complains(e, 'bad is left out')
+    move(e, own=(), n=10_000, runs=FIRST)
+    check(e)
 
 def test_only_your_own(tmp_path):
     e = PAExplorer()
     before = picture(e)
     move(e, data='only your own')
-    assert complains(e, 'your runs') and picture(e) == before
-    move(e, own=f'{ROOT}/data/cifar10-gaussian, data/cifar10-crt/certify.tsv')
-    mine = {f'my {folder}': folder for folder in CIFAR.values()}
+    assert complains(e, 'add runs') and picture(e) == before
+    e.controls['own'].bring(f'{ROOT}/data/cifar10-*')
+    mine = {f'my {folder}': folder for folder in ('cifar10-crt', 'cifar10-gaussian')}
     check(e, names=tuple(mine), folders=mine)
+
+def test_the_door_is_an_argument():
+    e = PAExplorer(own={'<b>x</b>': 'data/digits-gaussian'})
+    assert '<b>x</b>' in e.values['runs'] and '<b>x</b>' not in e.words.value + e.table.value + e.key.value
+
+def click(name, x, y, e):
+    "What the browser sends."
+    keys = dict.fromkeys(['alt', 'ctrl', 'meta', 'shift'], False)
+    trace = [t.name for t in e.fig.data].index(name)
+    points = dict(trace_indexes=[trace], point_indexes=[[0]], xs=[x], ys=[y])
+    e.fig._js2py_pointsCallback = dict(event_type='plotly_click', selector=None, points=points,
+                                       device_state=dict(keys, button=0, buttons=1))
+
+def test_a_click_shows_the_images_behind_a_line():
+    e = PAExplorer()
+    log = open_log(f'data/{FOLDERS["ACR paper"]}')
+    click('survival 3', .5, .7, e)
+    assert 'ACR paper' in e.cases.title.value
+    shares = [tile.children[0].value for tile in e.cases.tiles.children]
+    near = (log.n_true / log.n - .5).abs().astype(float).nsmallest(6)
+    assert all(f'image {log.idx[i]},' in ' '.join(shares) for i in near.index)
+    assert all('data:image/png' in words for words in shares)
+    click('accuracy 0', .9, .2, e)
+    assert 'Gaussian m=4' in e.cases.title.value and 'certified to about 0.9' in e.cases.title.value
+    click('images', .5, .1, e)                            # nobody's line
+    assert 'Gaussian m=4' in e.cases.title.value
+    move(e, alpha=.01)
+    assert 'Click a line' in e.cases.title.value and not e.cases.tiles.children
 
 def test_more_votes_of_ones_own_are_certified_where_others_are_projected(tmp_path):
     rows = pd.read_csv(ROOT/'data/digits-methods/equal_epochs/acr/certify.tsv', sep='\t')
     more = rows.assign(n=100_000, n_a=10 * rows.n_a, n_true=10 * rows.n_true)
     more.to_csv(tmp_path/'large.tsv', sep='\t', index=False)
     e = PAExplorer()
-    move(e, own=str(tmp_path/'large.tsv'), n=100_000)
+    move(e, own=guests(tmp_path/'large.tsv'), n=100_000)
     dashes = {name: shown(e)[f'accuracy {i}'].line.dash for i, name in enumerate(e.page.runs)}
     assert {name for name, dash in dashes.items() if dash == 'solid'} == {'my large'}
     assert 'For Gaussian m=4, SmoothAdv, CAT-RS, ACR paper only 10,000 votes' in e.words.value
@@ -252,7 +278,7 @@ def test_without_the_shipped_data(tmp_path, monkeypatch):
     monkeypatch.setattr('rs_toolkit.common.package_folder', lambda: tmp_path)
     e = PAExplorer()
     assert complains(e, 'there is no data/digits-methods')
-    move(e, alpha=.01, own='mine', data='only your own')
+    move(e, alpha=.01, own=guests('mine'), data='only your own')
     check(e, alpha=.01, names=('my mine',), folders={'my mine': 'digits-crt'})
 
 def test_controls_clamp():
@@ -260,7 +286,7 @@ def test_controls_clamp():
     for name, wild, kept in [('n', 1e12, 1e6), ('n', 0, 100), ('alpha', 2, .1), ('alpha', 0, 1e-6)]:
         assert clamps(e, name, wild) == pytest.approx(kept), (name, wild)
 
-@pytest.mark.parametrize('broken, control', [('p_a_traces', 'n'), ('open_log', 'data')])
+@pytest.mark.parametrize('broken, control', [('p_a_traces', 'n'), ('together', 'data')])
 def test_a_bug_is_shown_and_raised(monkeypatch, broken, control):
     e = PAExplorer()
     with monkeypatch.context() as patch:

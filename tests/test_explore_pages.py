@@ -44,7 +44,7 @@ def test_the_index_leads_to_every_page():
 
 def height(e):
     "Pixels of an explorer from its controls to the words of its tips."
-    def wide(control): return (control.layout.grid_column or '').endswith('-1')
+    def wide(control): return 'rs-wide' in control._dom_classes
     rows = -(-sum(not wide(control) for control in e.controls.values()) // 3)
     buttons = sum(2 for control in e.controls.values() if wide(control)) + (len(e.view.children) > 7)
     return ROW * (rows + buttons + 2) + int(e.words.layout.height[:-2]) + e.fig.layout.height + 44

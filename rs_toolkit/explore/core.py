@@ -349,6 +349,8 @@ class Manners(AnyWidget):
     .rs-explorer .rs-tips { flex-wrap: wrap; align-items: center; }
     .rs-explorer .rs-tips .jupyter-button, .rs-explorer .rs-views .jupyter-button,
     .rs-explorer .rs-toggles .jupyter-button { width: auto; }
+    .rs-explorer .rs-wide { grid-column: 1 / -1; }
+    .rs-explorer .rs-save { flex: none; }
     .rs-explorer .rs-toggles .jupyter-button { height: 24px; line-height: 24px; }
     .rs-explorer .rs-tips .jupyter-button { padding: 0 7px; }
     .rs-explorer .rs-key .widget-html-content { line-height: 1.4; }
@@ -364,13 +366,14 @@ class Toggles(W.Box):
     options = Tuple()
     value = Tuple()
 
-    def __init__(self, options=(), value=(), description='', **more):
+    def __init__(self, options=(), value=(), description='', wide=False):
         self.mute = False
         self.label = W.Label(description)
-        super().__init__(options=tuple(options), value=tuple(value), **more)
+        super().__init__(options=tuple(options), value=tuple(value))
         self.description = description
         self.layout.flex_flow = 'row wrap'
         self.add_class('rs-toggles')
+        if wide: self.add_class('rs-wide')              # all columns of the controls
         self.observe(self.offer, 'options')
         self.observe(self.press, 'value')
         self.offer()
@@ -444,6 +447,7 @@ class Explorer:
         self.fig._config = dict(responsive=True, displaylogo=False)
         self.fig.observe(lambda _: self.fig.update_layout(autosize=True), '_view_count')    # on a page, fill its width
         self.names = [trace.name for trace in self.fig.data]
+        for trace in self.fig.data: trace.on_click(self.pointed)
         for control in controls.values():
             control.layout.width = 'auto'
             control.observe(self.moved, 'value')
@@ -463,7 +467,8 @@ class Explorer:
         rows.add_class('rs-controls')
         self.toggle.add_class('rs-views')
         words = 'Save as a page that moves without a kernel'
-        save = W.Button(icon='download', tooltip=words, layout=dict(width='auto'))
+        save = W.Button(icon='download', tooltip=words, layout=dict(width='40px'))
+        save.add_class('rs-save')
         save.on_click(self.save)
         right = W.HBox([*[self.toggle][:len(self.views)], save])
         key = W.HBox([self.key, right], layout=dict(justify_content='space-between'))
@@ -495,6 +500,9 @@ class Explorer:
         "What lines and marks mean: (mark, colour, words) of each."
         return ()
 
+    def clicked(self, name, x, y):
+        "Called when somebody clicks a point of a trace."
+
     # what it gets
 
     @property
@@ -513,6 +521,12 @@ class Explorer:
     def update(self, _=None):
         "Controls have moved."
         self.redraw()
+
+    def pointed(self, trace, points, state):
+        "Called for every trace at a click; `points` is empty but for those that were hit."
+        if not points.point_inds: return
+        try: self.clicked(trace.name, points.xs[0], points.ys[0])
+        except (ValueError, OSError) as error: self.complain(error)
 
     def button_of(self, tip):
         "The button that takes a tip."
@@ -598,6 +612,7 @@ class Explorer:
         if not names: return
         rows, columns, looks = zip(*map(self.look, names))
         self.fig.add_traces([go.Scatter(name=name, **look) for name, look in zip(names, looks)], rows, columns)
+        for trace in self.fig.data[-len(names):]: trace.on_click(self.pointed)
         self.names = self.names + names
         self.drawn = self.drawn | dict.fromkeys(names, {})
 

@@ -356,7 +356,6 @@ class LandscapeExplorer(Explorer):
             method=W.Dropdown(value=s.method, options=[*TOY_METHODS], description='training'),
             x=W.FloatSlider(s.x, min=0, max=1, step=.01, description='pixel 1'),
             y=W.FloatSlider(s.y, min=0, max=1, step=.01, description='pixel 2')))
-        for trace in self.fig.data[:2]: trace.on_click(self.go_to)
 
     @property
     def landscape(self):
@@ -372,10 +371,10 @@ class LandscapeExplorer(Explorer):
             layout |= {f'annotations[{i}].{key}': value for key, value in note.items()}
         return landscape_traces(s), in_words(s), layout
 
-    def go_to(self, trace, points, state):
-        "Called for both panels when a cell of one of them is clicked: `points` is empty for the other."
-        for name, at in zip('xy', [points.xs, points.ys]):
-            if at: self.controls[name].value = at[0]
+    def clicked(self, name, x, y):
+        "A cell of either panel."
+        self.controls['x'].value = x
+        self.controls['y'].value = y
 
     def legend(self): return LEGEND
 

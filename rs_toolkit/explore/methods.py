@@ -575,7 +575,7 @@ class MethodsExplorer(Explorer):
             baseline=W.Dropdown(description='baseline'),
             sigma=Toggles(description='noise σ'),
             envelope=W.Checkbox(False, description=envelope, indent=False),
-            methods=Toggles(description='methods', layout=dict(grid_column='1 / -1'))))
+            methods=Toggles(description='methods', wide=True)))
         table = W.Box([self.table], layout=W.Layout(overflow='auto'))
         self.view.children += (W.HBox([self.folder, self.button]), table)
         self.table.value = self.choice.printed

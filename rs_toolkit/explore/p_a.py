@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'SHIPPED', 'MOST', 'OPENING', 'EASY', 'HEADS', 'SHARES', 'EDGES', 'DOTTED', 'PANELS', 'LOOKS', 'TITLES',
-           'ALL', 'OPEN', 'EASIER', 'TIPS', 'all_methods', 'shipped_logs', 'own_paths', 'looks', 'Run', 'runs_of',
-           'open_runs', 'Page', 'opening_page', 'many', 'finding', 'projection_in_words', 'cells', 'table_row',
+           'ALL', 'OPEN', 'EASIER', 'TIPS', 'all_methods', 'shipped_logs', 'looks', 'Run', 'runs_of', 'open_runs',
+           'admitted', 'Page', 'opening_page', 'many', 'finding', 'projection_in_words', 'cells', 'table_row',
            'in_words', 'table_in_words', 'curves', 'run_traces', 'name_traces', 'image_traces', 'p_a_traces',
            'p_a_figure', 'PAExplorer']
 
@@ -22,9 +22,11 @@ import plotly.graph_objects as go
 # %% ../../nbs/explore/how/p_a.ipynb #ba34cd40
 from ..catalogue import METHODS
 from ..common import document, locate
-from ..distribution import open_log, together
+from ..distribution import together
+from .cases import Cases, rows_near
 from .core import GREY, ORANGE, ZONE, Explorer, Tip, Toggles, Votes
 from .core import add_traces, alert, line, log_slider, panels, text
+from .door import Door, guests
 from ..metrics import radii_grid, setting
 from ..plots import DASHES, OTHER_COLOURS, apart, colours, common_look
 
@@ -56,19 +58,6 @@ def shipped_logs(
     runs = SHIPPED[choice]()
     return {name: path for name, path in runs.items() if locate(path).exists()} or runs
 
-# %% ../../nbs/explore/how/p_a.ipynb #ed3d0654
-def own_paths(
-    typed:str,  # paths of run folders or logs, separated by commas
-)->dict:        # name -> path
-    "The runs that somebody names."
-    paths = [path.strip() for path in typed.split(',') if path.strip()]
-    names = {}
-    for path in paths:
-        folder = Path(path).parent if Path(path).name == 'certify.tsv' else Path(path)
-        names[path] = f"my {folder.name.removesuffix('.tsv')}"
-    counts = [*names.values()]
-    return {name if counts.count(name) == 1 else f'my {path}': path for path, name in names.items()}
-
 # %% ../../nbs/explore/how/p_a.ipynb #3b6c30c8
 def looks(
     logs:dict,  # name -> log
@@ -91,23 +80,39 @@ def looks(
 class Run(Votes):
     "One classifier's votes, and how it is drawn."
     name: str
+    path: Path        # of its folder or log
     colour: str
     style: int        # of `DASHES`
 
 def runs_of(
-    logs:dict,  # name -> log
-)->dict:        # name -> `Run`, of the images that are in all of them
-    "Runs that can stand in one picture."
-    logs = together(logs)
+    come,   # of `Guest`
+)->dict:    # name -> `Run`, of the images that are in all of them
+    "Runs that can stand in one picture; raises where they cannot."
+    logs = together({guest.name: guest.log for guest in come})
     look = looks(logs)
-    return {name: Run(log, name, *look[name]) for name, log in logs.items()}
+    return {guest.name: Run(logs[guest.name], guest.name, guest.path, *look[guest.name]) for guest in come}
 
 # %% ../../nbs/explore/how/p_a.ipynb #898dd219
 def open_runs(
     paths:dict,  # name -> run folder or log
 )->dict:         # name -> `Run`
     "Runs that can stand in one picture, from their files."
-    return runs_of({name: open_log(path) for name, path in paths.items()})
+    return runs_of(guests(paths))
+
+# %% ../../nbs/explore/how/p_a.ipynb #45b5a5c5
+def admitted(
+    paths:dict,  # name -> run folder or log; of those that ship
+    own=(),      # of `Guest`
+)->tuple:        # name -> `Run`; HTML: what was wrong with the others
+    "Runs that can stand in one picture, with as many guests as possible."
+    runs = {}
+    wrong = '' if paths or own else alert('bring in the folder of a run, or its log, by "add runs"')
+    come = ()
+    for words, more in [('', guests(paths)), *((f'{guest.name} is left out: ', (guest,)) for guest in own)]:
+        try: runs = runs_of((*come, *more))
+        except (ValueError, OSError) as error: wrong += alert(words + str(error))
+        else: come += more
+    return runs, wrong
 
 # %% ../../nbs/explore/how/p_a.ipynb #32f24286
 MOST = 6                                       # lines that a reader can tell apart
@@ -317,7 +322,7 @@ def p_a_figure(
 
 # %% ../../nbs/explore/how/p_a.ipynb #4e1b3b34
 ALL = ('Gaussian m=1', 'Gaussian m=4', 'SmoothAdv', 'CAT-RS', 'Consistency', 'ACR paper')
-OPEN = dict(data=[*SHIPPED][0], own='', n=10_000, alpha=.001, curve='survival', baseline='Gaussian m=4',
+OPEN = dict(data=[*SHIPPED][0], own=(), n=10_000, alpha=.001, curve='survival', baseline='Gaussian m=4',
             runs=tuple(OPENING))
 EASIER = 'how easy the images are'
 TIPS = [
@@ -346,36 +351,32 @@ class PAExplorer(Explorer):
     height = 350
     tips = TIPS
 
-    def __init__(self):
+    def __init__(self,
+        own=(),     # runs of one's own, as `guests` takes them
+    ):
         self.runs = {}
-        self.opened = None      # the data and the paths that were opened last
+        self.opened = None      # the data and the guests that were opened last
         self.trouble = ''       # what was wrong with them
         self.table = W.HTML()
+        self.cases = Cases()
+        door = Door(own)
         super().__init__(dict(
             n=log_slider('samples N', 10_000, 2, 6, step=.1, readout=',.0f'),
             alpha=log_slider('failure α', .001, -6, -1, step=.1, readout='.1g'),
             data=W.Dropdown(options=list(SHIPPED), description='data'),
             baseline=W.Dropdown(description='baseline'),
-            own=W.Text(placeholder='paths of run folders or logs, by commas', continuous_update=False,
-                       description='your runs'),
+            own=door,
             curve=W.Dropdown(options=['survival', 'distribution'], description='curve'),
-            runs=Toggles(description='runs', layout=dict(grid_column='1 / -1'))))
-        self.view.children += (W.Box([self.table], layout=dict(overflow='auto')),)
+            runs=Toggles(description='runs', wide=True)), below=[door.panel])
+        self.view.children += (self.cases, W.Box([self.table], layout=dict(overflow='auto')))
 
     def load(self):
-        "Open the runs of the chosen data; without those of one's own if these fail."
+        "Open the runs of the chosen data, and the guests that can stand beside them."
         wanted = self.values['data'], self.values['own']
         if wanted == self.opened: return
         self.opened = wanted
-        self.trouble = ''
-        own = own_paths(wanted[1])
-        shipped = shipped_logs(wanted[0])
-        for paths in [shipped | own, shipped] if own else [shipped]:
-            try:
-                if not paths: raise ValueError('name the folder of a run, or its certify.tsv, under "your runs"')
-                self.offer(open_runs(paths), own)
-                return
-            except (ValueError, OSError) as error: self.trouble = self.trouble or str(error)
+        runs, self.trouble = admitted(shipped_logs(wanted[0]), wanted[1])
+        if runs: self.offer(runs, [guest.name for guest in wanted[1]])
 
     def offer(self, runs, own):
         "Let these be chosen: the ones that were, those of one's own, or the first few."
@@ -402,9 +403,20 @@ class PAExplorer(Explorer):
 
     def picture(self):
         traces, axes = p_a_traces(self.page)
-        trouble = alert(self.trouble) if self.trouble else ''
         self.table.value = table_in_words(self.page)
-        return traces, trouble + in_words(self.page), axes
+        self.cases.clear()
+        return traces, self.trouble + in_words(self.page), axes
+
+    def clicked(self, name, x, y):
+        "A point of a run's line: show the images that stand there."
+        panel, _, number = name.rpartition(' ')
+        page = self.page
+        if not number.isdecimal() or panel not in (*PANELS, 'certified'): return
+        [run, found] = [*zip(page.runs.values(), page.outcomes.values())][int(number)]
+        by_radius = panel in ('accuracy', 'certified')
+        rows = rows_near(run.log, found.credited if by_radius else found.p_a, x)
+        place = f'certified to about {x:.3f}' if by_radius else f'with about {x:.1%} of the votes for their class'
+        self.cases.show(run.name, run.path, rows, place)
 
 # %% ../../nbs/explore/how/p_a.ipynb #e181f089
 document(__name__)
