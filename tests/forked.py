@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 SERVER = multiprocessing.get_context('forkserver')
@@ -24,6 +25,14 @@ def into(path, function, *args):
     with open(path, 'w') as said:
         for stream in sys.stdout, sys.stderr: os.dup2(said.fileno(), stream.fileno())
     function(*args)
+
+
+def until(condition, seconds=120):
+    "Wait for something to happen; to wait in vain is a failure, not a test without an end."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f'not within {seconds} seconds'
+        time.sleep(.01)
 
 
 def execute(notebook):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from forked import SERVER, into
+from forked import SERVER, into, until
 from rs_toolkit import models
 from rs_toolkit.certify import certify, certify_dataset, predict, vote_stream
 from rs_toolkit.checkpoint import load as load_checkpoint
@@ -423,7 +423,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number, name, log, words):
     path = tmp_path/log if log == 'log.tsv' else log
     child = SERVER.Process(target=into, args=(said, certify_slowly, path))
     child.start()
-    while said.read_text().count('called') < 30: time.sleep(.01)    # the first looks at the function are over
+    until(lambda: said.read_text().count('called') >= 30)           # the first looks at the function are over
     os.kill(child.pid, number)
     child.join()
     assert child.exitcode == 1

@@ -1,7 +1,6 @@
 """Several processes write one log: the same bytes as one process, whoever dies on the way."""
 import os
 import signal
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +9,6 @@ import torch
 
 from forked import SERVER
 from rs_toolkit.certify import certify_dataset
-from rs_toolkit.log import read_log
 from rs_toolkit.models import build
 from rs_toolkit.share import parts_of
 
@@ -54,19 +52,18 @@ def test_processes_write_the_log_of_one(tmp_path, procedure):
     pd.testing.assert_frame_equal(rows(tmp_path/'three'), rows(tmp_path/'one'))
     assert not parts_of(tmp_path/'three').exists()
 
+def die(frame): os.kill(os.getpid(), signal.SIGKILL)
+
 def test_who_dies_loses_what_it_was_at_and_no_more(tmp_path):
     "The block of the dead is finished by another one, with the rows that stand in it."
-    certify_images(tmp_path/'one', n=20_000)
+    certify_images(tmp_path/'one')
     log = tmp_path/'two'
-    victim = begin(log, shared=True, n=20_000)
-    until = time.monotonic() + 60
-    while not list(parts_of(log).glob('*.tsv')) and time.monotonic() < until: time.sleep(.01)
-    while not any(len(read_log(part)) > 1 for part in parts_of(log).glob('*.tsv')): time.sleep(.01)
-    os.kill(victim.pid, signal.SIGKILL)
+    victim = begin(log, shared=True, watch=die)                        # when its first rows are written
     victim.join()
+    assert victim.exitcode == -signal.SIGKILL
     kept = pd.concat(rows(part) for part in parts_of(log).glob('*.tsv'))
-    assert 1 < len(kept) < 30
-    together(log, 2, n=20_000)
+    assert 1 <= len(kept) < 30
+    together(log, 2)
     pd.testing.assert_frame_equal(rows(log), rows(tmp_path/'one'))
 
 def test_one_process_goes_on_alone(tmp_path):
