@@ -9,6 +9,7 @@ __all__ = ['parts_of', 'so_far', 'collect', 'share', 'decided']
 import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -28,8 +29,10 @@ def so_far(
     log,         # path
 )->pd.DataFrame: # a row per image, in no order
     "What is known of a log that is being written, in it and in its parts."
-    paths = [path for path in [Path(log), *parts_of(log).glob('*.tsv')] if path.exists()]
-    frames = [frame for frame in map(read_log, paths) if len(frame)]
+    frames = []
+    for path in [Path(log), *parts_of(log).glob('*.tsv')]:
+        with suppress(FileNotFoundError): frames.append(read_log(path))        # another process collects the parts
+    frames = [frame for frame in frames if len(frame)]
     if not frames: return pd.DataFrame(columns=COLUMNS)
     return pd.concat(frames, ignore_index=True).drop_duplicates('idx', ignore_index=True)
 

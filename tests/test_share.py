@@ -10,7 +10,7 @@ import torch
 from forked import SERVER
 from rs_toolkit.certify import certify_dataset
 from rs_toolkit.models import build
-from rs_toolkit.share import parts_of
+from rs_toolkit.share import parts_of, so_far
 
 pytestmark = pytest.mark.filterwarnings('ignore:on noisy images')        # the network is not trained
 GIVEN = dict(sigma=.25, n=2000, batch_size=100, progress=False)
@@ -79,6 +79,13 @@ def test_one_process_goes_on_alone(tmp_path):
     assert not parts_of(log).exists()
 
 def stop(frame): raise KeyboardInterrupt
+
+def test_a_part_that_is_gone_when_it_is_read_does_no_harm(tmp_path):
+    "Another process may be collecting the parts."
+    certify_images(tmp_path/'log', count=5)
+    parts_of(tmp_path/'log').mkdir()
+    (parts_of(tmp_path/'log')/'000000.tsv').symlink_to('gone')
+    assert len(so_far(tmp_path/'log')) == 5
 
 def test_a_log_of_one_is_finished_by_several(tmp_path):
     certify_images(tmp_path/'one')
