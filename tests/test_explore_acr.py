@@ -82,9 +82,9 @@ def check_acr(e, run=FIRST, second=SECOND, n=10_000, alpha=.001, dropped=.3, con
     for words in 'role="status"', f'{kept:.1%}', f'{acr:.3f}': assert words in e.words.value
 
 MOVES = dict(dropped=.44, run='CAT-RS (digits, equal cost)', second='Gaussian m=4 (digits, equal epochs)', n=1000.,
-             alpha=.1, constant_n=1e22)
+             alpha=.1, constant_n=1e22, own=())
 
-@pytest.mark.parametrize('control', MOVES)
+@pytest.mark.parametrize('control', [name for name in MOVES if name != 'own'])
 def test_every_control_moves_the_picture(control):
     e = opened()
     check_acr(e)
@@ -160,6 +160,48 @@ def test_own_runs(tmp_path):
     assert shown(e)['level A'].y[0] == pytest.approx((log.radius * log.correct).mean())
     log[log.columns[:6]].to_csv(tmp_path/'foreign.tsv', sep='\t', index=False)
     with pytest.raises(ValueError): ACRExplorer({'mine': tmp_path/'foreign.tsv', 'theirs': DATA/'digits-crt'})
+
+FACTS = dict(sigma=.25, n0=100, n=10_000, alpha=.001, split='test')
+
+def published(path, run='digits-gaussian'):
+    "A log as the field writes it, of nine tenths of the radius."
+    log = pd.read_csv(DATA/run/'certify.tsv', sep='\t')
+    log.assign(radius=.9 * log.radius)[log.columns[:6]].to_csv(path, sep='\t', index=False)
+    return path
+
+def test_guests_come_and_go(tmp_path):
+    e = opened()
+    path = published(tmp_path/'<i>.tsv')
+    door = e.controls['own']
+    door.bring(path)
+    for fact, value in FACTS.items(): door.fields[fact].value = str(value)
+    door.answer.click()
+    assert e.values['run'] == 'my <i>' and 'without votes has no other' in e.words.value
+    log = pd.read_csv(path, sep='\t')
+    acr = (log.radius * log.correct).mean()
+    assert shown(e)['level A'].y[0] == pytest.approx(acr)
+    assert e.controls['second'].options == ('CRT (digits, σ = 0.25)', 'Gaussian m=1 (digits, σ = 0.25)', 'my <i>')
+    move(e, n=100, alpha=.1)                              # nobody knows what these would have certified
+    assert shown(e)['level A'].y[0] == pytest.approx(acr) and 'N = 10,000, α = 0.001' in e.words.value
+    assert '<i>' not in e.words.value + e.key.value + str(shown(e)['run names'].text)
+    move(e, n=10_000, alpha=.001, run=FIRST, second=SECOND)
+    assert complains(e, f'my &lt;i&gt; does not stand beside {FIRST}') and complains(e, '360 images')
+    move(e, own=())
+    check_acr(e)
+
+def test_the_door_is_an_argument(tmp_path):
+    e = ACRExplorer(own={'theirs': (published(tmp_path/'a.tsv'), FACTS)})
+    move(e, run='theirs')
+    assert 'theirs' in e.words.value and 'alert' not in e.words.value
+
+def test_a_click_shows_images():
+    e = opened()
+    e.clicked('curve B', .8, .2)
+    assert 'SmoothAdv' in e.cases.title.value and len(e.cases.tiles.children) == 6
+    e.clicked('level A', 1e6, .4)
+    assert 'SmoothAdv' in e.cases.title.value
+    move(e, dropped=.5)
+    assert not e.cases.tiles.children
 
 def test_a_bug_is_shown_and_raised(monkeypatch):
     e = opened()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENING', 'WEAKER', 'BUDGETS', 'SHARES', 'INK', 'MOVED', 'LOOKS', 'TITLES', 'DIGITS', 'EARNS', 'HIDES', 'TIPS',
-           'open_run', 'open_pair', 'Pair', 'folders_of_runs', 'opening_pair', 'pair_in_words', 'constant_in_words',
+           'why_not', 'open_pair', 'Pair', 'folders_of_runs', 'opening_pair', 'pair_in_words', 'constant_in_words',
            'given_up_in_words', 'in_words', 'steps_of', 'curves', 'run_traces', 'constant_traces', 'given_up_traces',
            'acr_traces', 'both', 'acr_layout', 'acr_figure', 'partners', 'ACRExplorer']
 
@@ -21,26 +21,31 @@ import plotly.graph_objects as go
 from ..acr import accuracy_without_hardest, acr_by_decile, acr_without_hardest, all_or_nothing, constant
 from ..bounds import constant_acr, max_radius, trivial_budget
 from ..common import document
-from ..distribution import Outcome, open_log
+from ..distribution import Outcome
+from .cases import Cases, rows_near
 from .core import GREEN, GREY, ZONE, Explorer, Tip, Votes
-from .core import add_traces, drop, line, log_slider, panels, shipped_runs, text
+from .core import add_traces, alert, drop, line, log_slider, panels, shipped_runs, text
+from .door import Door, guests
 from .radius import large
-from ..metrics import check_comparable, setting
+from ..metrics import check_comparable, setting, why_no_acr
 from ..plots import colours, common_look
 
 # %% ../../nbs/explore/how/acr.ipynb #71137287
-@lru_cache(100)
-def open_run(folder):
-    "The votes of a run; folder or log."
-    return Votes(open_log(folder))
+@lru_cache(1000)
+def why_not(
+    first:Votes, second:Votes,
+)->str:       # '' where nothing is wrong
+    "Why two runs do not stand beside each other."
+    try: check_comparable({'the first': first.log, 'the second': second.log})
+    except ValueError as error: return str(error)
+    return why_no_acr(first.log) or why_no_acr(second.log)
 
-@lru_cache(100)
 def open_pair(
-    folders:tuple,  # of two runs
-)->tuple:
+    pair,     # two `Guest`
+)->tuple:     # of `Votes`
     "The votes of both; raises where they do not compare."
-    runs = tuple(open_run(folder) for folder in folders)
-    check_comparable({name: run.log for name, run in zip(('first', 'second'), runs)})
+    runs = tuple(run.votes for run in pair)
+    if why_not(*runs): raise ValueError(why_not(*runs))
     return runs
 
 # %% ../../nbs/explore/how/acr.ipynb #5eb5c8c7
@@ -50,16 +55,21 @@ class Pair:
     names: tuple             # of the two
     runs: tuple              # their `Votes`
     n: int = 10_000          # samples; no more than both have
-    alpha: float = .001      # failure probability
+    risk: float = .001       # failure probability
     dropped: float = .3      # share of the images that are given up, the hardest
     constant_n: float = 1e10 # samples of the constant classifier
 
     @property
     def log(self): return self.runs[0].log
+    @property
+    def counted(self): return all(run.counted for run in self.runs)
     @cached_property
-    def samples(self): return min(self.n, *(run.drawn for run in self.runs))
+    def samples(self): return min(self.n if self.counted else np.inf, *(run.drawn for run in self.runs))
     @cached_property
-    def outcomes(self): return [run.outcome(self.samples, self.alpha) for run in self.runs]
+    def alpha(self): return self.risk if self.counted else float(setting(self.log, 'alpha'))
+    @cached_property
+    def outcomes(self):
+        return [run.outcome(self.samples, self.alpha) if self.counted else run.printed for run in self.runs]
     @cached_property
     def sigma(self): return float(setting(self.log, 'sigma'))
     @cached_property
@@ -72,7 +82,7 @@ class Pair:
     @property
     def ceiling(self): return max_radius(self.sigma, self.samples, self.alpha)
     @property
-    def short_names(self): return [name.partition(' (')[0] for name in self.names]
+    def short_names(self): return [escape(name.partition(' (')[0]) for name in self.names]
     @property
     def colours(self):       # of the two
         found = colours(self.names)
@@ -90,13 +100,14 @@ def folders_of_runs(
 def opening_pair()->Pair:
     "Two classifiers with one ACR."
     folders = folders_of_runs()
-    return Pair(OPENING, open_pair(tuple(folders[name] for name in OPENING)))
+    return Pair(OPENING, open_pair(guests({name: folders[name] for name in OPENING})))
 
 # %% ../../nbs/explore/how/acr.ipynb #072417a7
 def pair_in_words(p:Pair, first, second)->str:
     "Both scores, and what they hide at radius 0."
     a, b = p.outcomes
-    return (f'N = {p.samples:,}, α = {p.alpha:.2g}. '
+    fixed = '' if p.counted else ' (as certified: a log without votes has no other)'
+    return (f'N = {p.samples:,}, α = {p.alpha:.2g}{fixed}. '
             f'ACR <b>{a.acr:.3f}</b> ({first}) and <b>{b.acr:.3f}</b> ({second}); '
             f'right at radius 0: <b>{a.accuracy(0.):.1%}</b> and <b>{b.accuracy(0.):.1%}</b>.')
 
@@ -123,7 +134,7 @@ def given_up_in_words(p:Pair, first)->str:
 def in_words(p:Pair)->str:
     "The finding of each panel."
     short = p.short_names
-    first, second = short if short[0] != short[1] else p.names
+    first, second = short if short[0] != short[1] else map(escape, p.names)
     words = [pair_in_words(p, first, second), constant_in_words(p, first)]
     if p.outcomes[0].acr: words.append(given_up_in_words(p, first))
     return '<br>'.join(words)
@@ -189,8 +200,9 @@ def constant_traces(p:Pair)->dict:
         'curve twin': {'x': [0, p.ceiling, p.ceiling], 'y': [twin, twin, 0]},
         'curve names': {
             'x': [p.ceiling, min(reach, .97 * p.ceiling)], 'y': [twin, share],
-            'text': [f'all or nothing,<br>ACR {a.acr:.3f} ', f'constant,<br>ACR {c.acr:.3f} '],
-            'textfont.color': [GREY, GREEN], 'textposition': 'top left'},
+            'text': [f'all or nothing, ACR {a.acr:.3f} ', f'constant, ACR {c.acr:.3f} '],
+            'textfont.color': [GREY, GREEN],
+            'textposition': ['top left', 'bottom left'] if twin > share else ['bottom left', 'top left']},
     }
 
 # %% ../../nbs/explore/how/acr.ipynb #0d3bc3b1
@@ -285,15 +297,11 @@ def acr_figure(p:Pair=None)->go.Figure:
 
 # %% ../../nbs/explore/how/acr.ipynb #af2ffc1f
 def partners(
-    folders:dict,  # name -> run folder or log
-    first,         # name of one
-)->list:           # names of those that compare with it, itself among them
+    come:dict,   # name -> `Guest`
+    first,       # name of one
+)->list:         # names of those that compare with it, itself among them
     "Whom a run may stand beside."
-    def compares(name):
-        try: open_pair((folders[first], folders[name]))
-        except ValueError: return False
-        return True
-    return [name for name in folders if compares(name)]
+    return [name for name, run in come.items() if not why_not(come[first].votes, run.votes)]
 
 # %% ../../nbs/explore/how/acr.ipynb #6fc90883
 DIGITS = dict(run=OPENING[0], second=OPENING[1], n=10_000, alpha=.001, dropped=.3, constant_n=1e10)
@@ -330,31 +338,55 @@ class ACRExplorer(Explorer):
     tips = TIPS
 
     def __init__(self,
-        runs=None,  # name -> run folder or log with votes; our own runs unless given
+        runs=None,  # as `guests` takes them; our own runs unless given
+        own=(),     # more of them, likewise
     ):
-        self.folders = folders_of_runs() if runs is None else dict(runs)
-        names = [*self.folders]
-        first, second = WEAKER if runs is None else (names[0], names[-1])
-        self.runs = open_pair((self.folders[first], self.folders[second]))
-        self.offered = first        # the run whose partners the second list has
-        most = max(open_run(folder).drawn for folder in self.folders.values())
+        self.ours = guests(folders_of_runs() if runs is None else runs)
+        self.cases = Cases()
+        door = Door(own)
+        come = {run.name: run for run in (*self.ours, *door.value)}
+        first, second = WEAKER if runs is None else ([*come][0], [*come][-1])
+        self.runs = open_pair((come[first], come[second]))
+        self.offered = first, come  # the run whose partners the second list has, and who was there
+        most = max(run.votes.drawn for run in come.values())
         super().__init__(dict(
-            run=W.Dropdown(options=names, value=first, description='first run'),
-            second=W.Dropdown(options=partners(self.folders, first), value=second, description='second run'),
+            run=W.Dropdown(options=[*come], value=first, description='first run'),
+            second=W.Dropdown(options=partners(come, first), value=second, description='second run'),
             n=log_slider('samples N', 10_000, 2, np.log10(most), step=.1, readout=',.0f'),
             alpha=log_slider('failure α', .001, -6, -1, step=.5, readout='.1g'),
             constant_n=log_slider('N, constant', 1e6, 1, 25, step=.5, readout='.1e'),
-            dropped=W.FloatSlider(.3, min=0, max=.98, step=.02, readout_format='.0%', description='given up')))
+            dropped=W.FloatSlider(.3, min=0, max=.98, step=.02, readout_format='.0%', description='given up'),
+            own=door), below=[door.panel])
+        self.view.children += (self.cases,)
 
     def load(self):
         "Offer what compares with the first run, and open both."
+        come = self.come
+        if come != self.offered[1]: self.receive(come)
         first, second = self.chosen
-        if first != self.offered:
-            names = partners(self.folders, first)
+        if (first, come) != self.offered:
+            names = partners(come, first)
             self.fill('second', names, second if second in names else names[-1])
-            self.offered = first
-        self.runs = open_pair(tuple(self.folders[name] for name in self.chosen))
+            self.offered = first, come
+        self.runs = open_pair([come[name] for name in self.chosen])
+        self.trouble = self.refusals(come)
 
+    def receive(self, come):
+        "Offer whoever is there; the newest guest comes first into the picture, if its radii have an average."
+        new = [name for name, run in come.items() if name not in self.offered[1] and not why_not(run.votes, run.votes)]
+        first = self.values['run']
+        self.fill('run', [*come], new[-1] if new else first if first in come else [*come][0])
+        n = self.controls['n']
+        for name in new: n.max = max(n.max, float(np.log10(come[name].votes.drawn)))
+
+    def refusals(self, come):
+        "Which guests do not stand beside the first run, and why."
+        first = self.values['run']
+        why = {run.name: why_not(come[first].votes, run.votes) for run in self.values['own']}
+        return ''.join(alert(f'{name} does not stand beside {first}: {words}') for name, words in why.items() if words)
+
+    @property
+    def come(self): return {run.name: run for run in (*self.ours, *self.values['own'])}
     @property
     def chosen(self): return self.values['run'], self.values['second']
 
@@ -367,12 +399,21 @@ class ACRExplorer(Explorer):
 
     def legend(self):
         p = self.pair
-        runs = [('line', colour, escape(name)) for colour, name in zip(p.colours, p.short_names)]
+        runs = [('line', colour, name) for colour, name in zip(p.colours, p.short_names)]
         return [*runs, ('line', GREEN, 'the same answer to every image'), ('dash', INK, 'what you move')]
 
     def picture(self):
         p = self.pair
-        return acr_traces(p), in_words(p), acr_layout(p)
+        self.cases.clear()
+        return acr_traces(p), self.trouble + in_words(p), acr_layout(p)
+
+    def clicked(self, name, x, y):
+        "A point of a curve: show the images that stand there."
+        if name not in ('curve A', 'curve B'): return
+        which = 'AB'.index(name[-1])
+        chosen = self.come[self.chosen[which]]
+        rows = rows_near(chosen.log, self.pair.outcomes[which].credited, x)
+        self.cases.show(chosen.name, chosen.path, rows, f'certified to about {x:.3f}')
 
 # %% ../../nbs/explore/how/acr.ipynb #56bc1ea5
 document(__name__)

@@ -29,7 +29,7 @@ from traitlets import TraitError, Tuple
 
 # %% ../../nbs/explore/00_core.ipynb #2f3fd017
 from ..common import data_folder, document, write_file
-from ..distribution import outcome, votes_of_log
+from ..distribution import outcome, printed, votes_of_log
 from .page import html_page, places_of, said_by, seen, stops_of
 from ..metrics import setting
 from ..tables import run_name
@@ -222,6 +222,12 @@ class Votes:
     def cast(self): return votes_of_log(self.log)
     @cached_property
     def drawn(self): return int(setting(self.log, 'n'))
+    @cached_property
+    def counted(self):
+        "Whether the log has them: without, there is one certificate of each image."
+        return 'procedure' not in self.log and self.log[['n_a', 'n_true', 'selected']].notna().all(axis=None)
+    @cached_property
+    def printed(self): return printed(self.log)
     @cached_property
     def outcome(self):
         "(n, alpha) -> what these votes certify."

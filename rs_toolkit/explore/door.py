@@ -18,7 +18,7 @@ from traitlets import Tuple
 # %% ../../nbs/explore/00_door.ipynb #3f7e409a
 from ..common import document, locate, package_folder, project_folder
 from ..distribution import log_of, open_log
-from .core import alert
+from .core import Votes, alert
 
 # %% ../../nbs/explore/00_door.ipynb #69263107
 FACTS = {  # what a log may leave out -> (how it is written, what most papers have)
@@ -26,7 +26,7 @@ FACTS = {  # what a log may leave out -> (how it is written, what most papers ha
     'split': ('split', 'test')}
 
 @lru_cache(64)
-def _opened(path, facts, changed): return open_log(path, **dict(facts))
+def _opened(path, facts, changed): return Votes(open_log(path, **dict(facts)))
 
 @dataclass(frozen=True)
 class Guest:
@@ -36,9 +36,12 @@ class Guest:
     facts: tuple = ()  # (name, value) of what its file does not say
 
     @property
-    def log(self):
+    def votes(self)->Votes:
         "Read once, and again when the file has changed."
         return _opened(self.path, self.facts, log_of(self.path).stat().st_mtime_ns)
+
+    @property
+    def log(self): return self.votes.log
 
     @property
     def missing(self)->list:
