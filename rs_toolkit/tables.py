@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IDEAL', 'COLUMNS', 'ALONE', 'DATASETS', 'ONLY_CATRS', 'FACTS', 'BESIDE', 'NORMS', 'RADII', 'MARKS', 'PLUS_MINUS',
            'published_label', 'published_costs', 'read_published', 'run_name', 'training', 'short_names', 'Result',
-           'open_results', 'steps', 'read_runs', 'lines', 'accuracy_at', 'minus', 'over_sigma', 'table_of', 'spread_of',
-           'marks', 'write_table', 'export_table', 'tests_of', 'tested_marks']
+           'open_results', 'steps', 'read_runs', 'rows_of', 'alike', 'lines', 'accuracy_at', 'minus', 'over_sigma',
+           'table_of', 'spread_of', 'marks', 'write_table', 'export_table', 'tests_of', 'tested_marks']
 
 # %% ../nbs/15_tables.ipynb #4594731f
 import json
@@ -190,6 +190,7 @@ class Result:
     training: dict   # of the first, as `training` gives it
     cost: float      # mean seconds of training; nan where not said
     logs: dict       # short name of the file -> log
+    paths: tuple     # of the files
 
     @cached_property
     def log(self): return pd.concat(self.logs.values(), ignore_index=True)     # its curves are the mean of theirs
@@ -207,6 +208,7 @@ class _File:
     "A log, and what is known of it."
     short: str       # name of the file
     training: dict   # of its network, as `training` gives it
+    path: Path
     log: pd.DataFrame
     method: tuple    # what it shares with other seeds: name, sigma, way of training
     seed: object     # of its training; its path where that is not known
@@ -226,7 +228,7 @@ def _open_file(path, facts, short, norm):
     trained = training(path.parent) if path.name == 'certify.tsv' else {}
     name = facts.get('method') or (run_name(trained) if 'method' in trained else short)
     method = (name, float(setting(log, 'sigma')), _way(path, facts, trained))
-    return _File(short, trained, log, method, trained.get('seed', path))
+    return _File(short, trained, path, log, method, trained.get('seed', path))
 
 # %% ../nbs/15_tables.ipynb #df9a53d8
 def _way(path, facts, trained):
@@ -266,7 +268,7 @@ def _result(files, taken):
     check_comparable(logs)
     cost = np.mean([file.training.get('train_seconds', np.nan) for file in files])
     if (name, sigma) in taken: name = f'{name} ({files[0].short})'
-    return Result(name, sigma, files[0].training, cost, logs)
+    return Result(name, sigma, files[0].training, cost, logs, tuple(file.path for file in files))
 
 # %% ../nbs/15_tables.ipynb #13e9637a
 RADII = np.arange(17) / 4      # 0, .25 ... 4: where tables look
@@ -288,11 +290,33 @@ def read_runs(
 )->pd.DataFrame:      # `COLUMNS`; exact, with a row for every step and for each of `RADII`
     "Rows of runs and of other people's logs, seeds of one method as one; raises where two of one sigma do not compare."
     results = open_results(runs, foreign, norm)
-    check_norms({f'{result.method} {result.sigma:g}': result.log for result in results})
-    for sigma in {result.sigma for result in results}:
-        check_comparable(_logs_at(sigma, results))
+    _check_alike(results)
+    return rows_of(results)
+
+def rows_of(
+    results,          # as `open_results` gives them
+)->pd.DataFrame:      # as `read_runs` gives it
+    "Rows of results that may stand in one table."
     if not results: return pd.DataFrame(columns=COLUMNS)
     return pd.concat([_rows_of(result) for result in results], ignore_index=True)[COLUMNS]
+
+def alike(
+    results,          # as `open_results` gives them
+)->tuple:             # those that may stand in one table with the first; why the others may not, in words
+    "As many results as compare."
+    kept = []
+    reasons = []
+    for result in results:
+        peers = [other for other in kept if other.sigma == result.sigma]
+        try: _check_alike([*kept[:1], *peers[:1], result])
+        except ValueError as error: reasons.append(f'{result.method}, σ = {result.sigma:g} is left out: {error}')
+        else: kept.append(result)
+    return kept, reasons
+
+def _check_alike(results):
+    "Raise unless the radii of all are of one norm, and the logs of one noise level compare."
+    check_norms({f'{result.method} {result.sigma:g}': result.log for result in results})
+    for sigma in {result.sigma for result in results}: check_comparable(_logs_at(sigma, results))
 
 # %% ../nbs/15_tables.ipynb #b0f9fb58
 def _logs_at(sigma, results):

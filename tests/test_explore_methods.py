@@ -13,6 +13,7 @@ import pytest
 from explorer import complains, move, shown
 from rs_toolkit.catalogue import METHODS, Entry
 from rs_toolkit.explore import methods
+from rs_toolkit.explore.door import guests
 from rs_toolkit.explore.methods import MINE, SOURCES, MethodsExplorer, free_places
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
@@ -76,7 +77,7 @@ def check_table2(e, sigma=.5, methods=None, baseline='Gaussian m=4', radius=.5):
 MOVES = dict(
     radius=(1., lambda e: check_table2(e, radius=1.)),
     source=('digits, equal cost', lambda e: check_digits(e, 'equal_cost')),
-    runs=('data/digits-methods/equal_epochs/*', lambda e: check_digits(e, 'equal_epochs')),
+    runs=(guests('data/digits-methods/equal_epochs'), lambda e: check_digits(e, 'equal_epochs')),
     methods=(('MACER', 'CAT-RS'), lambda e: check_table2(e, methods=('MACER', 'CAT-RS'))),
     sigma=((1.,), lambda e: check_table2(e, sigma=1.)),
     baseline=('Gaussian m=1', lambda e: check_table2(e, baseline='Gaussian m=1')),
@@ -112,7 +113,7 @@ def test_every_control_moves_the_picture(control):
     check_table2(e)
     assert e.controls.keys() == MOVES.keys()
     if control == 'runs':
-        move(e, runs='data/digits-methods/equal_cost/*', source=MINE)
+        move(e, runs=guests('data/digits-methods/equal_cost/*'), source=MINE)
         check_digits(e, 'equal_cost')
     before = e.fig.to_json()
     value, check = MOVES[control]
@@ -188,7 +189,7 @@ def test_costs():
 
 @pytest.mark.parametrize('values, message', [
     (dict(sigma=()), 'choose at least one'),
-    (dict(runs='nowhere/*', source=MINE), 'no run in'),
+    (dict(source=MINE), 'no run of your own'),
 ])
 def test_wrong_input_is_said_and_survived(values, message):
     e = MethodsExplorer()
@@ -197,21 +198,46 @@ def test_wrong_input_is_said_and_survived(values, message):
     move(e, **values)
     assert complains(e, message)
     assert e.fig.to_json() == before
-    move(e, **{name: old[name] for name in values if name != 'runs'})
+    move(e, **{name: old[name] for name in values})
     check_table2(e)
 
 def test_runs_of_several_budgets_are_shown_or_refused():
     e = MethodsExplorer()
-    move(e, source=MINE, runs='data/digits-*')            # two sigmas and budgets in one folder
+    move(e, source=MINE, runs=guests('data/digits-*'))            # two sigmas and budgets in one folder
     assert 'role=' in e.words.value
 
-def test_runs_that_do_not_compare_are_refused():
+def test_runs_that_do_not_compare_are_left_out():
     e = MethodsExplorer()
-    move(e, runs='data/*-gaussian', source=MINE)          # digits and CIFAR-10 at one sigma
-    assert complains(e, 'images')
-    move(e, runs='data/cifar10-*')
-    assert 'role="status"' in e.words.value
-    assert set(curves(e)) == {'CRT', 'Gaussian m=1'}
+    move(e, runs=guests('data/*-gaussian'))               # digits and CIFAR-10 at one sigma
+    assert e.values['source'] == MINE and complains(e, 'Gaussian m=1 (digits-gaussian), σ = 0.25 is left out')
+    assert complains(e, 'images') and set(curves(e)) == {'Gaussian m=1'}
+    move(e, runs=guests('data/cifar10-*'))
+    assert 'alert' not in e.words.value and set(curves(e)) == {'CRT', 'Gaussian m=1'}
+    move(e, runs=())
+    assert complains(e, 'no run of your own')
+    move(e, source='CIFAR-10, published', sigma=(.5,))
+    shown(e)
+    check_table2(e)
+
+HOSTILE = '<img src=x onerror=alert(1)>'
+
+def test_names_from_outside_are_text(tmp_path):
+    source = DATA/'digits-methods/equal_epochs/macer'
+    copy_run(source, tmp_path/'mine', method=f'mine:{HOSTILE}', dataset='digits', seed=0)
+    e = MethodsExplorer(own=tmp_path/'mine')
+    assert set(curves(e)) == {'&lt;img src=x onerror=alert(1)&gt;'}
+    move(e, radius=.1)
+    assert HOSTILE in e.controls['methods'].options                              # a button shows text
+    assert HOSTILE not in e.words.value + e.key.value + e.table.value + e.fig.to_json()
+
+def test_a_click_shows_images():
+    e = MethodsExplorer('digits, equal epochs')
+    e.clicked('line 0', .9, .5)
+    assert 'ACR paper' in e.cases.title.value and len(e.cases.tiles.children) == 6
+    move(e, source='CIFAR-10, published')
+    assert not e.cases.tiles.children
+    e.clicked('line 0', .5, .5)
+    assert 'no images' in e.cases.title.value
 
 def copy_run(source, folder, **parameters):
     "A run folder with the log of another one."
@@ -223,7 +249,7 @@ def test_one_entry_brings_a_method_into_the_page(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, 'mine', Entry('mine', 'My method', '#123456'))
     copy_run(DATA/'digits-methods/equal_epochs/macer', tmp_path/'mine', method='mine', dataset='digits', seed=0)
     e = MethodsExplorer()
-    move(e, runs=str(tmp_path/'*'), source=MINE)
+    move(e, runs=guests(tmp_path/'*'), source=MINE)
     assert set(curves(e)) == {'My method'}
     assert shown(e)['line 0'].line.color == '#123456'
 
@@ -237,7 +263,7 @@ def test_runs_of_certify_seeds_and_logs(tmp_path, monkeypatch):
     shutil.copy(digits/'sodm/certify.tsv', tmp_path/'somebody.tsv')
     (tmp_path/'notes.txt').write_text('no log')
     e = MethodsExplorer()
-    move(e, runs=str(tmp_path/'*'), source=MINE)
+    move(e, runs=guests(tmp_path/'*'), source=MINE)
     drawn = curves(e)
     assert set(drawn) == {'MACER', 'ACR paper', 'somebody'}
     logs = [pd.read_csv(digits/name/'certify.tsv', sep='\t') for name in sources]

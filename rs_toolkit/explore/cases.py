@@ -99,8 +99,7 @@ class Cases(W.VBox):
         place:str,          # where that is, HTML
     ):
         "Let these images be seen."
-        self.clear()
-        self.title.value = '<div role="status">Opening …</div>'                  # torch may have to be loaded
+        self.say('Opening …')                                                    # torch may have to be loaded
         missing = ''
         try: images, labels = images_of(run)
         except (ValueError, OSError) as error:
@@ -127,6 +126,11 @@ class Cases(W.VBox):
         from rs_toolkit.explore.smooth import SmoothExplorer
         try: self.stage.children = [SmoothExplorer(folder=str(folder), image=image, sigma=sigma).view]
         except (ValueError, OSError) as error: self.stage.children = [W.HTML(alert(str(error)))]
+
+    def say(self, words):
+        "Show these words, and no image."
+        self.clear()
+        self.title.value = f'<div role="status">{escape(words)}</div>'
 
     def clear(self):
         "Show nothing: what was here belonged to another picture."
