@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from rs_toolkit.checkpoint import load as load_checkpoint, save
 from rs_toolkit.common import package_folder
 from rs_toolkit.data import load
 from rs_toolkit.explore import smooth
+from rs_toolkit.explore.door import Network, guests
 from rs_toolkit.explore.smooth import SmoothExplorer, trained, watch
 from rs_toolkit.log import read_log
 from rs_toolkit.models import build, device_of
@@ -88,7 +90,7 @@ def check_smooth(e, sigma=.25, image=40, folder='data/digits-gaussian', n=1000, 
 # --- every control ---
 
 MOVES = dict(sigma=.5, image=118, model='data/digits-crt', n=300, alpha=1e-6,
-             folder='data/digits-methods/equal_epochs/crt')
+             folder=guests('data/digits-methods/equal_epochs/crt', Network))
 
 @pytest.mark.parametrize('control', MOVES)
 def test_every_control_starts_a_run(control):
@@ -102,9 +104,8 @@ def test_every_control_starts_a_run(control):
         check_smooth(e, folder=value)
     else:
         move(e, **{control: value})
-        check_smooth(e, **{control: value})
+        check_smooth(e, **{control: value[0].path if control == 'folder' else value})
     assert e.fig.to_json() != before
-    assert e.controls['model'].disabled == (control == 'folder')
 
 def test_start_draws_fresh_noise():
     e = SmoothExplorer(**N)
@@ -259,13 +260,13 @@ def test_wrong_folders_are_said_and_survived(tmp_path):
     e = SmoothExplorer(**N)
     before = e.fig.to_json()
     for folder, message in wrong_folders(tmp_path).items():
-        move(e, folder=folder)
+        move(e, folder=(Network('mine', Path(folder)),))
         assert e.worker.wait()
         assert complains(e, escape(message)), e.words.value
         assert e.fig.to_json() == before, message
-    move(e, folder=run_folder(tmp_path/'good'))
+    move(e, folder=guests(run_folder(tmp_path/'good'), Network))
     check_smooth(e, folder='data/digits-crt')
-    move(e, folder='')
+    move(e, folder=())
     check_smooth(e)
 
 def coloured_images(folder):
@@ -283,7 +284,7 @@ def test_another_test_split(tmp_path):
     shape = dict(num_classes=2, in_channels=3, image_size=9)
     save(folder, build('small_cnn', **shape), arch='small_cnn', **shape, mean=None, std=None)
     e = SmoothExplorer(**N)
-    move(e, folder=folder)
+    move(e, folder=guests(folder, Network))
     assert e.worker.wait()
     assert complains(e, 'there is no image 40: the test split has 4')
     move(e, image=3)
@@ -291,10 +292,31 @@ def test_another_test_split(tmp_path):
     assert e.now.finished
     assert e.controls['image'].max == 3
     np.testing.assert_array_equal(shown(e)['pictures'].z[3:12, :9], pixels[3])    # class 1: after those of class 0
-    move(e, folder='')
+    move(e, folder=())
     assert e.worker.wait()
     assert e.now.finished
     assert e.controls['image'].max == 359
+
+def test_a_checkpoint_is_asked_for_its_images(tmp_path):
+    "A file of weights alone, through the door; images of another size are refused in words."
+    shutil.copy(package_folder()/'data/digits-crt/model.safetensors', tmp_path/'theirs.safetensors')
+    coloured_images(tmp_path/'images')
+    e = SmoothExplorer(**N)
+    door = e.controls['folder']
+    door.typed.value = str(tmp_path/'theirs.safetensors')
+    assert not door.value
+    assert [box.description for box in door.questions.children[1:4]] == ['images', 'network', 'normalised']
+    door.answer.click()
+    assert 'images: to be filled in' in door.message.value
+    door.fields['dataset'].value = f'folder:{tmp_path}/images'
+    door.answer.click()
+    assert e.worker.wait() and complains(e, 'are [3, 9, 9], the network takes [1, 8, 8]')
+    door.leaving.children[0].click()
+    door.typed.value = str(tmp_path/'theirs.safetensors')
+    door.fields['dataset'].value = 'digits'
+    door.answer.click()
+    assert e.values['model'].name == 'my theirs.safetensors'
+    check_smooth(e, folder='data/digits-crt')
 
 def test_a_bug_is_shown(monkeypatch):
     e = SmoothExplorer(**N)
