@@ -476,18 +476,23 @@ def proved(
 @contextmanager
 def recorded(
     steps,  # of `read`
-):          # yields a dict: batch-norm layer -> mean and variance [C] of the last batch that it saw, with gradients
-    "Within the block, note the batch statistics of forward passes, as `folded` takes them."
+):          # yields a dict: batch-norm layer -> mean and variance [C] with which it worked last, with gradients
+    "Within the block, note the statistics of forward passes, as `folded` takes them."
     seen = {}
     def look(layer, given):
-        dims = [dim for dim in range(given[0].dim()) if dim != 1]
-        var, mean = torch.var_mean(given[0], dims, correction=0)
-        seen[layer] = mean, var
+        if layer.training: seen[layer] = _statistics(given[0])
+        else: seen[layer] = layer.running_mean, layer.running_var
     layers = {step.layer for step in steps if isinstance(step.layer, BATCH_NORMS)}
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     try: yield seen
     finally:
         for hook in hooks: hook.remove()
+
+def _statistics(x):
+    "Mean and variance of each channel, in a fraction of the time that `torch.var` takes."
+    values = x.movedim(1, -1).flatten(0, -2)       # [n, C]
+    mean = values.mean(0)
+    return mean, (values - mean).square().mean(0)
 
 # %% ../../nbs/deterministic/boxes.ipynb #049142cc
 document(__name__)

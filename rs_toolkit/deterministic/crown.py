@@ -9,6 +9,7 @@ __all__ = ['BACKWARD', 'INTERMEDIATE', 'lower_bounds', 'tighter', 'layer_boxes',
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..common import check_number, document, unknown
@@ -42,9 +43,12 @@ def _convolution(layer, A, box):
     if layer.padding_mode != 'zeros' or isinstance(layer.padding, str):
         return _linear_map(partial(weigh, layer), A, box)
     questions = A.flatten(0, 1)
-    before = (len(questions), *box.lower.shape[1:])
-    how = layer.stride, layer.padding, layer.dilation, layer.groups
-    part = nn.grad.conv2d_input(before, layer.weight.to(A), questions, *how)
+    how = layer.stride, layer.padding, layer.dilation, layer.kernel_size
+    seen = [(n - 1)*stride - 2*padding + dilation*(kernel - 1) + 1
+            for n, stride, padding, dilation, kernel in zip(A.shape[-2:], *how)]
+    unseen = [size - part for size, part in zip(box.lower.shape[-2:], seen)]
+    part = F.conv_transpose2d(questions, layer.weight.to(A), None, layer.stride, layer.padding, unseen,
+                              layer.groups, layer.dilation)
     constant = 0. if layer.bias is None else A.sum((-2, -1)) @ layer.bias.to(A)
     return [part.unflatten(0, A.shape[:2])], constant
 
@@ -60,8 +64,8 @@ def _relu(layer, A, box):
     flat = torch.where(undecided, (upper > -lower).to(A), decided)
     height = torch.where(undecided, -lower * steep, 0.)
     negative = A.clamp(max=0)
-    part = torch.addcmul(A*flat, negative, steep - flat)
-    return [part], torch.einsum('bsn,bn->bs', negative.flatten(2), height.flatten(1))
+    part = A*flat + negative*(steep - flat)
+    return [part], (negative*height).sum(tuple(range(2, A.dim())))
 
 # %% ../../nbs/deterministic/crown.ipynb #e4e33894
 def _sum(layer, A, *boxes): return [A, A], 0.
@@ -149,11 +153,13 @@ def margins(
 )->torch.Tensor:      # [b, k]; 0 at y; gradients flow
     "Lower bounds of how far class y leads each class."
     one_hot = torch.eye(len(steps[-1].layer.weight), dtype=boxes[0].lower.dtype, device=y.device)
+    others = torch.arange(len(one_hot) - 1, device=y.device).expand(len(y), -1)
+    others = others + (others >= y[:, None])                                       # all classes but y [b, k - 1]
     parts = []
-    for classes in one_hot.split(questions):
-        lead = one_hot[y][:, None] - classes                                       # [b, c, k]
+    for classes in others.split(questions, 1):
+        lead = one_hot[y][:, None] - one_hot[classes]                              # [b, c, k]
         parts.append(lower_bounds(steps, boxes, len(steps) - 1, lead))
-    return torch.cat(parts, 1)
+    return torch.zeros_like(one_hot[y]).scatter(1, others, torch.cat(parts, 1))
 
 # %% ../../nbs/deterministic/crown.ipynb #b876eb7c
 INTERMEDIATE = ('ibp', 'crown')

@@ -306,8 +306,6 @@ def observe(
     try:
         with recorded(steps) as statistics: logits = as_logits(model(x), len(x))
     finally: hook.remove()
-    for layer in statistics:
-        if not layer.training: statistics[layer] = layer.running_mean, layer.running_var
     return Pass(logits, seen.get('features', logits).float(), statistics)
 
 # %% ../../nbs/deterministic/training.ipynb #c3752aa3
@@ -339,7 +337,7 @@ class View:
     x:torch.Tensor     # images [b, C, H, W]
     y:torch.Tensor     # labels [b]
     steps:list         # of `folded`, with the statistics of the worst points
-    clean:Pass         # of the images
+    clean:Pass         # of the images; None where nothing asks for it
     worst:Pass         # of the worst points; of the images, without an attack or without a box
     boxes:list         # of each step; None: no box yet
     progress:float     # of the box: 0 to 1
@@ -419,7 +417,10 @@ class Certified(InBox):
         "Send a batch, its worst points and its box through the network."
         attacked = self.attacks and self.radius > 0
         needed = not attacked or self.bn == 'clean' or self.w < 1 or self.sees_clean
-        with torch.set_grad_enabled(torch.is_grad_enabled() and needed): clean = observe(model, steps, x)
+        if needed: clean = observe(model, steps, x)
+        else:
+            with torch.no_grad(): model(x)            # batch-norms see the images, and nothing else does
+            clean = None
         worst = clean
         points = x
         if attacked: points, worst = self.look_at_worst(model, steps, x, y, index, clean)
