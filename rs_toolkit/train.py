@@ -26,7 +26,8 @@ from .data import Items, batches, check_images, check_labels, fingerprint, image
 from .methods.core import Method, check_epoch, epoch_of, too_late
 from .models import answers, check_model, device_of, exact_float32, frozen, model_tensors
 from .noise import gaussian_noise
-from .processes import join_processes, pick_device, share_gradients, share_statistics, share_weights, total
+from .processes import (join_processes, keep_memory, pick_device, share_gradients, share_statistics,
+                                  share_weights, total)
 
 # %% ../nbs/10_train.ipynb #82ac90a2
 @torch.no_grad()
@@ -336,6 +337,7 @@ def fit(
     _check_learner(model, method)
     check_run(epochs, method, curriculum, schedule=schedule, lr_drops=lr_drops, lr_lag=lr_lag)
     device = pick_device(device)
+    keep_memory()
     images, labels = _images_and_labels(data)
     if test: test = _images_and_labels(test)
 
