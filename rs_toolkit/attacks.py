@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTACKS', 'image_norm', 'unit', 'clip_norm', 'gradient', 'climb', 'budget', 'smoothed_surprise', 'smoothed_loss',
-           'pgd_perturbation', 'smoothed_pgd', 'gradient_free', 'ddn', 'sphere_attack', 'attack_smoothed']
+           'pgd_perturbation', 'smoothed_pgd', 'gradient_free', 'ddn', 'sphere_attack', 'attack_smoothed',
+           'breaking_budgets']
 
 # %% ../nbs/08_attacks.ipynb #a65560e9
 import math
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .certify import predict
+from .certify import ABSTAIN, predict
 from .common import check_number, check_samples, document
 from .data import CRAFTING, check_images, image_keys
 from .models import device_of, frozen
@@ -247,6 +248,42 @@ def attack_smoothed(
             rows.append(dict(idx=i, label=label, predict=vote, base_predict=guess, correct=int(vote == label),
                              norm=size))
     return pd.DataFrame(rows)
+
+# %% ../nbs/08_attacks.ipynb #63838c9d
+def breaking_budgets(
+    model,          # base classifier
+    images,         # [N, C, H, W] in [0, 1]
+    labels,         # [N]
+    sigma:float,    # noise level
+    budgets,        # l2 budgets to try, 0 among them for those that are wrong from the start
+    *,
+    steps=20,       # of both attacks
+    num_noise=32,   # noises of the attack on the vote
+    n=1000,         # draws of PREDICT
+    alpha=.001,     # chance that PREDICT errs
+    seed=0,         # of the noises of the attack, and of PREDICT
+    idx=None,       # data-set index of each image; default: position
+    progress=True,  # text bar with ETA
+)->pd.DataFrame:    # a row per image: idx, label, network, vote (the smallest budget that broke each, nan: none did)
+    "How far images are moved when the network, and its vote, first give another class than the label."
+    images, labels = check_images(images, labels)
+    rows = pd.DataFrame(dict(idx=range(len(images)) if idx is None else idx, label=labels, network=math.nan,
+                             vote=math.nan))
+    device = device_of(model)
+    for eps in tqdm(sorted(map(float, budgets)), desc='budgets', disable=not progress):
+        for left in torch.tensor(rows.index[rows.network.isna()], dtype=torch.int64).split(64):
+            x = images[left].to(device)
+            y = labels[left].to(device)
+            d = pgd_perturbation(model, x, y, torch.zeros_like(x)[None], eps=eps, steps=steps)
+            with torch.no_grad(), frozen(model): said = as_logits(model((x + d).clamp(0, 1)), len(x)).argmax(1)
+            rows.loc[left[(said != y).cpu()].tolist(), 'network'] = eps
+        left = rows.index[rows.vote.isna()]
+        if not len(left): continue
+        found = attack_smoothed(model, images[left], labels[left], sigma, eps, steps=steps, num_noise=num_noise, n=n,
+                                alpha=alpha, seed=seed, idx=rows.idx[left], progress=False)
+        broken = (found.predict != found.label) & (found.predict != ABSTAIN)
+        rows.loc[left[broken], 'vote'] = eps
+    return rows
 
 # %% ../nbs/08_attacks.ipynb #b44257b1
 document(__name__)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'DEEP', 'GREY', 'COLOUR', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER',
-           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'load', 'statistics',
-           'crop_flip', 'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches', 'fingerprint', 'check_images',
-           'check_labels', 'Items', 'some_images']
+           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'load', 'read_picture',
+           'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches', 'fingerprint',
+           'check_images', 'check_labels', 'Items', 'some_images']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
@@ -149,6 +149,23 @@ def _read_all(files, words):
     return images
 
 def _in_colour(image): return image.mode not in GREY
+
+# %% ../nbs/02_data.ipynb #df69e86e
+def read_picture(
+    file,          # path, or an open file
+    channels:int,  # 1 or 3
+    side:int,      # pixels along one side
+)->torch.Tensor:   # [channels, side, side] in [0, 1]
+    "The middle square of an image file, scaled; in grey, bright on dark."
+    from torchvision.transforms import functional as TF
+    try:
+        with Image.open(file) as image: pixels = _pixels(image.convert('L') if channels == 1 else image)
+    except Exception as e: raise ValueError(f"not an image that can be read ({e}): save it as PNG or JPEG") from e
+    square = TF.center_crop(pixels, min(pixels.shape[1:]))
+    scaled = TF.resize(square, [side, side], antialias=True).clamp(0, 1)
+    if channels == 3: return scaled.expand(3, -1, -1).contiguous()
+    rim = torch.cat([scaled[0, 0], scaled[0, -1], scaled[0, :, 0], scaled[0, :, -1]])
+    return 1 - scaled if rim.mean() > .5 else scaled
 
 # %% ../nbs/02_data.ipynb #ba221619
 STATISTICS = {  # mean and standard deviation per channel, as the field's checkpoints use them (Cohen et al. and later)

@@ -37,7 +37,7 @@ def test_a_page_is_short_and_leads_to_its_source(path):
 
 def test_the_index_leads_to_every_page():
     [cell] = nbformat.read(ROOT/'nbs/explore/index.ipynb', 4).cells
-    links = re.findall(r'^\d\. \*\*\[(.*\?)\]\((\w+)\.ipynb\)', cell.source, re.M)
+    links = re.findall(r'^\d+\. \*\*\[(.*\?)\]\((\w+)\.ipynb\)', cell.source, re.M)
     assert sorted(name for _, name in links) == [path.stem for path in PAGES]
     titles = {path.stem: nbformat.read(path, 4).cells[0].source.splitlines()[0][2:] for path in PAGES}
     assert {name: question for question, name in links} == titles

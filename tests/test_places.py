@@ -23,7 +23,7 @@ def from_elsewhere(folder, *words):
 OPEN = '''
 from importlib import import_module
 
-for name in ['radius', 'sequential', 'p_a', 'acr', 'methods', 'smooth', 'sphere', 'landscape', 'boxes']:
+for name in ['radius', 'attack', 'sequential', 'p_a', 'acr', 'methods', 'smooth', 'sphere', 'landscape', 'boxes']:
     module = import_module(f'rs_toolkit.explore.{name}')
     things = [thing for title, thing in vars(module).items() if title.endswith('Explorer')]
     [explorer] = [thing for thing in things if thing.__module__ == module.__name__]

@@ -203,11 +203,12 @@ def thinned(
 def mosaic(
     pictures,    # [m, C, H, W], C = 1 or 3
     columns=4,
+    room=.25,    # for a label above each, as a share of its height
 )->tuple:        # uint8 [height, width, 3]; middle of the upper edge of each picture: x, y
     "Pictures side by side, cut off at black and white."
     pictures = thinned(pictures)
     m, _, h, w = pictures.shape
-    tall = h + -(-h // 4)                                    # room for a label above each
+    tall = h + int(np.ceil(h*room))
     wide = w + -(-w // 8)
     canvas = np.full((-(-m // columns) * tall, columns*wide, 3), 255, np.uint8)
     corners = [(i // columns * tall + tall - h, i % columns * wide) for i in range(m)]
