@@ -13,7 +13,7 @@ from scipy.stats import beta
 from explorer import clamps, complains, move, shown
 from rs_toolkit.explore import landscape
 from rs_toolkit.explore.core import middles
-from rs_toolkit.explore.landscape import SCENES, Landscape, LandscapeExplorer
+from rs_toolkit.explore.landscape import OWN, SCENES, Landscape, LandscapeExplorer
 from rs_toolkit.explore.toy import PROBLEMS, TOY_METHODS
 
 def radius_of(trace, x, y): return np.hypot(trace.x[:-1] - x, trace.y[:-1] - y)
@@ -87,7 +87,7 @@ def check_balls(e, scene, sigma, n, alpha, x, y):
 
 def check(e, sigma=.1, n=10_000, alpha=.001, problem='two moons', method='Gaussian', x=.28, y=.62):
     "The picture against votes that this test draws itself."
-    scene = SCENES[problem, method]
+    scene = SCENES[problem, method, ()]
     check_fields(e, scene, sigma)
     check_points(e, scene, sigma, problem, x, y)
     check_balls(e, scene, sigma, n, alpha, x, y)
@@ -99,7 +99,7 @@ MOVES = dict(sigma=.2, n=1000, alpha=1e-6, problem='spirals', method='SmoothAdv'
 @pytest.mark.parametrize('control', MOVES)
 def test_every_control_moves_the_picture(control):
     e = LandscapeExplorer()
-    assert e.controls.keys() == MOVES.keys()
+    assert e.controls.keys() == {*MOVES, 'points'}
     check(e)
     before = e.fig.to_json()
     e.controls[control].value = MOVES[control]
@@ -163,7 +163,7 @@ def test_a_classifier_without_a_boundary(monkeypatch):
     square = np.stack([np.ones((100, 100)), np.zeros((100, 100))])
     around = np.pad(square, [(0, 0), (120, 120), (120, 120)], mode='edge')
     alone = landscape.Scene(always, *PROBLEMS['half-space'](120), square, around)
-    monkeypatch.setitem(SCENES, ('half-space', 'MACER'), alone)
+    monkeypatch.setitem(SCENES, ('half-space', 'MACER', ()), alone)
     e = LandscapeExplorer(problem='half-space', method='MACER')
     assert 'nowhere in the square' in e.words.value
     assert 'everywhere in the square' in e.words.value
@@ -195,8 +195,40 @@ def test_a_click_moves_the_point(panel):
     assert (e.controls['x'].value, e.controls['y'].value) == (.41, .71)
     check(e, x=.41, y=.71)
 
+def test_clicks_add_points_and_the_network_learns_them():
+    e = LandscapeExplorer()
+    clicks = e.controls['points']
+    ways = [value for _, value in clicks.way.options]
+    before = np.array(shown(e)['smoothed'].z)
+    clicks.way.value = ways[2]                                                    # orange, deep among the blue
+    for y in .78, .8, .82: e.fig._js2py_pointsCallback = click(0, .35, y)
+    assert clicks.value == ((.35, .78, 1), (.35, .8, 1), (.35, .82, 1)) and e.values['x'] == .28
+    np.testing.assert_array_equal(shown(e)['orange added'].y, [.78, .8, .82])
+    assert e.worker.wait()
+    assert len(e.landscape.scene.labels) == 123 and e.landscape.scene.labels[-3:].tolist() == [1, 1, 1]
+    after = np.array(shown(e)['smoothed'].z)
+    assert after[40, 17] > before[40, 17]                                         # more orange votes there
+    clicks.way.value = ways[-1]
+    e.fig._js2py_pointsCallback = click(1, .9, .9)                                # none is near
+    assert len(clicks.value) == 3
+    e.fig._js2py_pointsCallback = click(1, .35, .79)
+    assert len(clicks.value) == 2
+    clicks.clear.click()
+    assert e.worker.wait()
+    check(e)
+
+def test_a_page_of_ones_own_points():
+    e = LandscapeExplorer(problem=OWN, points=[(.3, .2, 0), (.7, .8, 1)])
+    images, labels = e.landscape.scene.images, e.landscape.scene.labels
+    np.testing.assert_allclose(images.flatten(1), [[.3, .5], [.7, .5], [.3, .2], [.7, .8]])
+    assert answers(e.landscape.scene.model, images.flatten(1)).tolist() == labels.tolist() == [0, 1, 0, 1]
+    move(e, problem='half-space')
+    e.controls['points'].way.value = 0
+    e.fig._js2py_pointsCallback = click(0, .5, .5)
+    assert complains(e, 'nobody trains the half-space')
+
 def test_training_does_not_block_and_tells_how_far_it_is(monkeypatch):
-    monkeypatch.delitem(SCENES, ('spirals', 'MACER'), raising=False)
+    monkeypatch.delitem(SCENES, ('spirals', 'MACER', ()), raising=False)
     landscape.scene('spirals', 'Gaussian')                                        # the classifier before
     e = LandscapeExplorer()
     may = threading.Event()
@@ -219,7 +251,7 @@ def test_training_does_not_block_and_tells_how_far_it_is(monkeypatch):
     check(e, sigma=.2, problem='spirals', method='MACER')
 
 def test_the_last_wish_counts(monkeypatch):
-    for method in 'MACER', 'sphere attack': monkeypatch.delitem(SCENES, ('two moons', method), raising=False)
+    for method in 'MACER', 'sphere attack': monkeypatch.delitem(SCENES, ('two moons', method, ()), raising=False)
     e = LandscapeExplorer()
     e.controls['method'].value = 'MACER'
     first = e.worker.thread
@@ -233,7 +265,7 @@ def test_the_last_wish_counts(monkeypatch):
     check(e, method='sphere attack')
 
 def test_an_error_in_training_is_said_and_survived(monkeypatch):
-    monkeypatch.delitem(SCENES, ('spirals', 'Consistency'), raising=False)
+    monkeypatch.delitem(SCENES, ('spirals', 'Consistency', ()), raising=False)
     def broken(*args, **kwargs): raise FloatingPointError('the loss term agree is not finite')
     e = LandscapeExplorer()
     with monkeypatch.context() as patch:
@@ -251,7 +283,7 @@ def test_controls_clamp_and_offer_everything():
     for name, wild, kept in [('sigma', 9, .3), ('sigma', 0, .02), ('n', 1e9, 1e5), ('n', 1, 100),
                              ('alpha', 1, .1), ('alpha', 0, 1e-6), ('x', 2, 1), ('y', -1, 0)]:
         assert clamps(e, name, wild) == pytest.approx(kept), name
-    assert e.controls['problem'].options == tuple(PROBLEMS)
+    assert e.controls['problem'].options == (*PROBLEMS, OWN)
     assert e.controls['method'].options == tuple(TOY_METHODS)
     with pytest.raises(ValueError, match='unknown toy'): print(Landscape(problem='moons').scene)
 

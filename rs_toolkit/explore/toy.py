@@ -112,14 +112,15 @@ def train_toy(
     n=200,              # training points
     seed=0,             # of the points, the weights and the training
     watch=None,         # called with the history after each epoch
+    data=None,          # images and labels; `n` of the problem unless given
 )->nn.Module:           # in eval mode
     "A classifier for a toy problem, in about a second; the half-space needs no training."
-    if problem not in PROBLEMS: raise unknown('toy problem', problem, PROBLEMS)
+    if data is None and problem not in PROBLEMS: raise unknown('toy problem', problem, PROBLEMS)
     if method not in TOY_METHODS: raise unknown('toy method', method, TOY_METHODS)
     if problem == 'half-space': return half_space_model().eval()
     model = toy_net(seed=seed)
     objective = TOY_METHODS[method](check_sigma(sigma), epochs)
-    fit_toy(model, objective, PROBLEMS[problem](n, seed), epochs, seed, watch)
+    fit_toy(model, objective, data or PROBLEMS[problem](n, seed), epochs, seed, watch)
     return model
 
 # %% ../../nbs/explore/01_toy.ipynb #e8639348
