@@ -132,11 +132,10 @@ def weigh(
 ):
     "The layer's own forward pass."
     weight = layer.weight.to(x)
-    bias = None if layer.bias is None else layer.bias.to(x)
-    if absolute:
-        weight = weight.abs()
-        bias = None
-    return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
+    bias = None if layer.bias is None or absolute else layer.bias.to(x)
+    if isinstance(layer, nn.Linear): return F.linear(x, weight.abs() if absolute else weight, bias)
+    if absolute: weight = weight.clone().abs_()    # `abs` may lay a single channel out anew, and with it the answer
+    return layer._conv_forward(x, weight, bias)
 
 # %% ../../nbs/deterministic/boxes.ipynb #a6ccd784
 def _weighted(layer, box):
@@ -480,7 +479,7 @@ def recorded(
     "Within the block, note the statistics of forward passes, as `folded` takes them."
     seen = {}
     def look(layer, given):
-        if layer.training: seen[layer] = _statistics(given[0])
+        if layer.training: seen[layer] = _Statistics.apply(given[0].movedim(1, -1).flatten(0, -2))
         else: seen[layer] = layer.running_mean, layer.running_var
     layers = {step.layer for step in steps if isinstance(step.layer, BATCH_NORMS)}
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
@@ -488,11 +487,19 @@ def recorded(
     finally:
         for hook in hooks: hook.remove()
 
-def _statistics(x):
-    "Mean and variance of each channel, in a fraction of the time that `torch.var` takes."
-    values = x.movedim(1, -1).flatten(0, -2)       # [n, C]
-    mean = values.mean(0)
-    return mean, (values - mean).square().mean(0)
+class _Statistics(torch.autograd.Function):
+    "Mean and variance of columns, and their derivatives: 1/n, and 2/n times the distance from the mean."
+    @staticmethod
+    def forward(ctx, values):        # [n, C]
+        mean = values.mean(0)
+        ctx.save_for_backward(values, mean)
+        return mean, (values - mean).square().mean(0)
+
+    @staticmethod
+    def backward(ctx, by_mean, by_variance):
+        values, mean = ctx.saved_tensors
+        n = len(values)
+        return (values - mean).mul_(by_variance * 2/n).add_(by_mean / n)
 
 # %% ../../nbs/deterministic/boxes.ipynb #049142cc
 document(__name__)
