@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TORCHVISION', 'DEEP', 'GREY', 'COLOUR', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER',
            'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'load', 'read_picture',
-           'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches', 'fingerprint',
-           'check_images', 'check_labels', 'Items', 'some_images']
+           'photographs', 'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches',
+           'fingerprint', 'check_images', 'check_labels', 'Items', 'some_images']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from tqdm import tqdm
 
 # %% ../nbs/02_data.ipynb #b670a3e0
-from .common import document, locate, plain_number, project_folder, unknown
+from .common import data_folder, document, locate, plain_number, project_folder, unknown
 from .noise import key_seed
 
 # %% ../nbs/02_data.ipynb #2a2e162d
@@ -166,6 +166,17 @@ def read_picture(
     if channels == 3: return scaled.expand(3, -1, -1).contiguous()
     rim = torch.cat([scaled[0, 0], scaled[0, -1], scaled[0, :, 0], scaled[0, :, -1]])
     return 1 - scaled if rim.mean() > .5 else scaled
+
+# %% ../nbs/02_data.ipynb #d6a4a83d
+def photographs(
+)->tuple:       # images [N, 3, 32, 32] in [0, 1]; labels [N] in CIFAR-10, -1 where it has no class; what is on them
+    "The photographs that ship."
+    import pandas as pd
+    folder = data_folder()
+    table = pd.read_csv(folder/'photographs.csv')
+    sheet = _open(folder/'photographs.png', _pixels)                      # [3, rows * 32, columns * 32]
+    tiles = sheet.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    return tiles[:len(table)].contiguous(), torch.tensor(table.label), table.name.tolist()
 
 # %% ../nbs/02_data.ipynb #ba221619
 STATISTICS = {  # mean and standard deviation per channel, as the field's checkpoints use them (Cohen et al. and later)

@@ -161,6 +161,9 @@ def test_a_click_on_a_dot_shows_its_image(e):
     assert e.controls['image'].value == 40
     e.go_to(trace, Clicked, None)
     assert done(e).look.image == e.controls['image'].value == trace.customdata[3]
+    e.rows = e.rows.assign(idx=e.rows.idx + 1000)                             # of a split that is not here
+    e.go_to(trace, Clicked, None)
+    assert complains(e, 'not at hand')
 
 # --- pictures from outside ---
 

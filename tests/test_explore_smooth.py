@@ -278,7 +278,7 @@ def coloured_images(folder):
     return pixels
 
 def test_another_test_split(tmp_path):
-    "A folder of four coloured images: the slider ends with it, and an image that it does not have is refused."
+    "A folder of four coloured images: the slider ends with it, and shows the last for one that it does not have."
     pixels = coloured_images(tmp_path/'images')
     folder = run_folder(tmp_path/'run', f'folder:{tmp_path}/images', weights=False)
     shape = dict(num_classes=2, in_channels=3, image_size=9)
@@ -286,16 +286,30 @@ def test_another_test_split(tmp_path):
     e = SmoothExplorer(**N)
     move(e, folder=guests(folder, Network))
     assert e.worker.wait()
-    assert complains(e, 'there is no image 40: the test split has 4')
-    move(e, image=3)
-    assert e.worker.wait()
     assert e.now.finished
-    assert e.controls['image'].max == 3
+    assert e.controls['image'].value == e.controls['image'].max == 3              # there is no image 40
     np.testing.assert_array_equal(shown(e)['pictures'].z[3:12, :9], pixels[3])    # class 1: after those of class 0
     move(e, folder=())
     assert e.worker.wait()
     assert e.now.finished
     assert e.controls['image'].max == 359
+
+def test_photographs_stand_in_for_images_that_are_not_here(monkeypatch):
+    "Their class is not known, so no answer is called wrong."
+    monkeypatch.setattr(smooth, 'is_here', lambda dataset: dataset == 'digits')
+    e = SmoothExplorer(model=str(package_folder()/'data/cifar10-gaussian'), image=8, n=100)
+    assert (e.now.size, e.now.label, e.now.pictures.shape[1:]) == (20, -1, (3, 32, 32))
+    assert 'of no class' in e.words.value and 'wrong' not in e.words.value and '-1' not in shown(e)['true'].text[0]
+
+def test_torchvisions_images_go_first(monkeypatch):
+    monkeypatch.setattr(smooth, 'is_here', lambda dataset: dataset == 'cifar10')
+    asked = []
+    monkeypatch.setattr(smooth, 'load', lambda *name: asked.append(name) or (torch.zeros(2, 3, 32, 32), torch.zeros(2)))
+    size = dict(in_channels=3, image_size=32)
+    cifar = size | dict(num_classes=10, dataset='folder:gone/cifar10-jpeg')
+    assert len(smooth.pictures_for(cifar, 'folder:gone/cifar10-jpeg')[0]) == 2 and asked == [('cifar10', 'test')]
+    _, labels = smooth.pictures_for(size | dict(num_classes=100), 'cifar100')            # class 3 is no cat there
+    assert len(labels) == 20 and (labels == -1).all() and len(asked) == 1
 
 def test_a_checkpoint_is_asked_for_its_images(tmp_path):
     "A file of weights alone, through the door; images of another size are refused in words."
