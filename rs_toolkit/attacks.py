@@ -13,10 +13,9 @@ import math
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from .certify import ABSTAIN, predict
-from .common import check_number, check_samples, document
+from .common import check_number, check_samples, document, progress_bar
 from .data import CRAFTING, check_images, image_keys
 from .models import device_of, frozen
 from .noise import as_logits, gaussian_noise, noisy_logits
@@ -233,7 +232,7 @@ def attack_smoothed(
     device = device_of(model)
     batches = torch.arange(len(images)).split(batch_size or max(1, 256 // num_noise))
     rows = []
-    for at in tqdm(batches, desc='attacking', disable=not progress):
+    for at in progress_bar(batches, desc='attacking', disable=not progress):
         x = images[at].to(device)
         y = labels[at].to(device)
         ids = torch.tensor(idx)[at]
@@ -270,7 +269,7 @@ def breaking_budgets(
     rows = pd.DataFrame(dict(idx=range(len(images)) if idx is None else idx, label=labels, network=math.nan,
                              vote=math.nan))
     device = device_of(model)
-    for eps in tqdm(sorted(map(float, budgets)), desc='budgets', disable=not progress):
+    for eps in progress_bar(sorted(map(float, budgets)), desc='budgets', disable=not progress):
         for left in torch.tensor(rows.index[rows.network.isna()], dtype=torch.int64).split(64):
             x = images[left].to(device)
             y = labels[left].to(device)

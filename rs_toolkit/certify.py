@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
-from tqdm import tqdm
 
 from .bounds import l2_ball, lower_bound, min_samples, round_down, two_sided_p
-from .common import check_alpha, check_samples, check_sigma, document, interruptible, plain_number, unknown
+from .common import check_alpha, check_samples, check_sigma, document, interruptible
+from .common import plain_number, progress_bar, unknown
 from .data import Items, check_images, check_labels, fingerprint, some_images
 from .exact_noise import off_grid, on_grid, total_variation, whole_chunk
 from .log import DEFAULTS, LogWriter, read_log
@@ -924,7 +924,7 @@ def _milestones(procedure):
 class _Bar:
     "Images, evaluations per second and certified accuracies of those that are ours; shows the log to who wants it."
     def __init__(self, total, radii, progress, watch, path):
-        self.bar = tqdm(total=total, unit='img', mininterval=1, disable=not progress, desc='certifying')
+        self.bar = progress_bar(total=total, unit='img', mininterval=1, disable=not progress, desc='certifying')
         self.left = total
         self.watch = watch
         self.path = path

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAB', 'unknown', 'named', 'plain_number', 'check_sigma', 'check_alpha', 'check_samples', 'check_number',
            'project_folder', 'run_folder', 'package_folder', 'data_folder', 'locate', 'saving', 'write_file', 'Held',
-           'hold', 'same_answers', 'interruptible', 'document']
+           'hold', 'same_answers', 'interruptible', 'document', 'OneLine', 'in_a_kernel', 'progress_bar']
 
 # %% ../nbs/00_common.ipynb #f4493124
 import ast
@@ -27,6 +27,7 @@ from pathlib import Path
 
 # %% ../nbs/00_common.ipynb #b57633c1
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 # %% ../nbs/00_common.ipynb #06eb34c6
 def unknown(
@@ -309,6 +310,36 @@ def document(
     try: source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError): return  # a notebook, or no source at hand
     _write(vars(sys.modules[module]), ast.parse(source).body, source.split('\n'))
+
+# %% ../nbs/00_common.ipynb #f097b6ba
+class OneLine:
+    "A stream whose last line is seen, in the output of a cell."
+    def __init__(self): self.handle = None
+
+    def write(self, text):
+        words = text.strip()
+        if not words: return
+        shown = {'text/plain': words}
+        if self.handle: self.handle.update(shown, raw=True)
+        else:
+            from IPython.display import display
+            self.handle = display(shown, raw=True, display_id=True)
+
+    def flush(self): pass
+
+def in_a_kernel(
+)->bool:
+    "Whether this is a notebook's process."
+    ipython = sys.modules.get('IPython')
+    shell = ipython and ipython.get_ipython()
+    return hasattr(shell, 'kernel')
+
+def progress_bar(
+    *what,   # as `tqdm` takes them
+    **how,
+)->tqdm:
+    "A progress bar: on stderr, or in a notebook as one line that is replaced."
+    return tqdm(*what, **({'file': OneLine()} if in_a_kernel() else {}) | how)
 
 # %% ../nbs/00_common.ipynb #37787e7e
 document(__name__)

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
-from tqdm import tqdm
 
 # %% ../nbs/02_data.ipynb #b670a3e0
-from .common import data_folder, document, locate, plain_number, project_folder, unknown
+from .common import data_folder, document, locate, plain_number, progress_bar, project_folder, unknown
 from .noise import key_seed
 
 # %% ../nbs/02_data.ipynb #2a2e162d
@@ -138,7 +137,7 @@ def _folder(path, split):
 def _read_all(files, words):
     "Images of one size [N, 1 or 3, H, W]."
     images = None
-    for i, (file, _) in enumerate(tqdm(files, desc=words, mininterval=1)):
+    for i, (file, _) in enumerate(progress_bar(files, desc=words, mininterval=1)):
         image = _open(file, _pixels)
         if images is None: images = torch.empty(len(files), *image.shape, dtype=torch.float32)
         if image.shape[1:] != images.shape[2:]:

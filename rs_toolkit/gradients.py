@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
-from tqdm import tqdm
 
-from .common import check_samples, document, unknown
+from .common import check_samples, document, progress_bar, unknown
 from .data import COUNTING, check_images, image_keys, images_at
 from .models import device_of, frozen
 from .noise import gaussian_noise, noisy_logits
@@ -105,7 +104,7 @@ def gradient_norms(
     steps = torch.arange(len(images)).split(check_samples(batch_size, 'batch_size'))
     parts = []
     with frozen(model):
-        for at in tqdm(steps, desc='gradients', disable=not progress):
+        for at in progress_bar(steps, desc='gradients', disable=not progress):
             x = images_at(images, at).to(device)
             y = labels[at.to(labels.device)].to(device)
             p_a = _share_right(model, x, y, method.sigma, n, image_keys(seed, method.epoch, ids[at], COUNTING))

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 # %% ../nbs/10_train.ipynb #3ecc0d23
-from .common import (check_number, check_samples, document, interruptible, plain_number, same_answers,
-                               unknown, write_file)
+from .common import check_number, check_samples, document, interruptible, plain_number
+from .common import progress_bar, same_answers, unknown, write_file
 from .data import Items, batches, check_images, check_labels, fingerprint, image_keys
 from .methods.core import Method, check_epoch, epoch_of, too_late
 from .models import answers, check_model, device_of, exact_float32, frozen, model_tensors
@@ -374,8 +373,8 @@ def fit(
 
     size = len(images)
     first = world.rank == 0
-    bar = tqdm(total=epochs*size, initial=len(history)*size, unit='img', unit_scale=True, mininterval=2,
-               disable=not (progress and first), desc='training')
+    bar = progress_bar(total=epochs*size, initial=len(history)*size, unit='img', unit_scale=True, mininterval=2,
+                       disable=not (progress and first), desc='training')
     with interruptible(how), bar:
         for epoch in range(len(history), epochs):
             started = time.perf_counter()

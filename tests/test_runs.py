@@ -104,8 +104,11 @@ def test_the_executed_notebook_holds_curves_and_progress(teacher):
     figures = [output for output in outputs if 'application/vnd.plotly.v1+json' in output.get('data', {})]
     assert len(figures) == 3 and 'widgets' not in nb.metadata
     assert (teacher/'executed.ipynb').stat().st_size < 500_000
-    text = ''.join(output.text for output in outputs if output.output_type == 'stream')
+    bars = [output.data['text/plain'] for output in outputs if 'text/plain' in output.get('data', {})]
+    text = '\n'.join(bars)
     for words in 'training: 100%', 'certifying: 100%', 'ce=', 'certified ': assert words in text
+    assert text.count('certifying:') == 1, 'a bar is one line'
+    assert not [output for output in outputs if output.get('name') == 'stderr'], 'nothing is red'
 
 def test_certify_ours(tmp_path, teacher):
     succeed('certify', tmp_path, checkpoint=str(teacher), out=str(tmp_path), n=500, every=40)

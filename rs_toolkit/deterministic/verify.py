@@ -17,11 +17,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 # %% ../../nbs/deterministic/verify.ipynb #9f49a16d
 from ..certify import check_done, chosen, how_to_go_on
-from ..common import check_number, check_samples, document, interruptible, unknown
+from ..common import check_number, check_samples, document, interruptible, progress_bar, unknown
 from ..data import CRAFTING, check_labels, fingerprint, image_keys, some_images
 from . import boxes, crown
 from .boxes import PRECISIONS, ball, exactly, proved, read
@@ -229,8 +228,8 @@ def _append(writer, decide, model, images, labels, idx, verifier, batch_size, wa
     check_done(writer.path, writer.done, data.get)
     todo = [row for row, i in enumerate(data) if i not in writer.done]
     device = device_of(model)
-    bar = tqdm(total=len(images), initial=len(images) - len(todo), unit='img', mininterval=1, disable=not progress,
-               desc='verifying')
+    bar = progress_bar(total=len(images), initial=len(images) - len(todo), unit='img', mininterval=1,
+                       disable=not progress, desc='verifying')
     for start in range(0, len(todo), batch_size):
         part = todo[start:start + batch_size]
         began = time.perf_counter()

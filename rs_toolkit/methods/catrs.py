@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..attacks import budget, climb, clip_norm, gradient, unit
-from ..common import (check_number, check_samples, check_sigma, document, plain_number, same_answers, unknown,
-                               write_file)
+from ..common import check_number, check_samples, check_sigma, document, plain_number
+from ..common import progress_bar, same_answers, unknown, write_file
 from ..data import PREDICTIONS, VISIT, check_images, fingerprint, image_keys, images_at
 from .core import Method, check_classes
 from ..models import answers, device_of, exact_float32, frozen, weights_hash
@@ -107,8 +106,8 @@ def smoothed_predictions(
     counts = _counts_so_far(path, setup, said)
     saved = time.monotonic()
     todo = range(len(counts), len(images))
-    bar = tqdm(todo, initial=len(counts), total=len(images), unit='img', mininterval=2, desc='smoothed predictions',
-               disable=not progress)
+    bar = progress_bar(todo, initial=len(counts), total=len(images), unit='img', mininterval=2,
+                       desc='smoothed predictions', disable=not progress)
     with frozen(model):
         for i in bar:
             counts.append(_image_counts(model, images, i, sigma, n, seed, augment))
