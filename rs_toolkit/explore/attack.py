@@ -329,9 +329,8 @@ def run_in_words(
     return (f'Of {len(rows)} images, moved by {eps:.2f} at most: {shares["proved"]} are proved right; the vote on '
             f'{shares["vote"]} is not known to break, nor is the network on {shares["network"]}. '
             f'The truth about the vote lies between the first two.<br>Inside the {len(walls)} walls {tried:,} attacks '
-            f'were tried, and <b>{passed}</b> passed one; the network gave way inside <b>{before}</b> of them, '
-            f'and was wrong without an attack in {wrong}. '
-            f'{attack}; a stronger attack lowers the dashed curve, never below the solid one. '
+            f'were tried ({attack}), and <b>{passed}</b> passed one; '
+            f'the network gave way inside <b>{before}</b> of them, and was wrong without an attack in {wrong}. '
             f'Click a dot to see its image.')
 
 # %% ../../nbs/explore/how/attack.ipynb #f26f24b4
