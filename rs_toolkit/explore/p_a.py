@@ -184,7 +184,7 @@ def table_row(run:Run, o)->str:
     "A run's numbers."
     easy = o.acr_by_p_a([EASY, 1])[0] / (o.acr or 1)
     shares = [o.accuracy(0.), o.abstention, 1 - o.survival(.5), o.survival(EASY), easy]
-    name = f'<td style="color:{run.colour}"><b>{escape(run.name)}</b></td>'
+    name = f'<td class="rs-mark" style="color:{run.colour}"><b>{escape(run.name)}</b></td>'
     return f'<tr>{name}{cells([f"{o.acr:.3f}", *(f"{share:.1%}" for share in shares)])}</tr>'
 
 # %% ../../nbs/explore/how/p_a.ipynb #f0c88ca2

@@ -347,7 +347,7 @@ LOOKS = {  # what `smooth_traces` computes -> panel, look
     'pictures': (1, 1, dict(type='image', hoverinfo='skip')),
     'votes chosen': (1, 2, bar(BLUE)),
     'votes other': (1, 2, bar(PURPLE)),
-    'true': (1, 1, text('black', 'top center')),
+    'true': (1, 1, text(GREY, 'top center')),
     'said chosen': (1, 1, text(BLUE, 'top center')),
     'said other': (1, 1, text(PURPLE, 'top center')),
     'zone': (2, 1, SHADE),
