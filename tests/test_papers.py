@@ -80,4 +80,7 @@ def test_what_a_command_asks_for_is_accepted(monkeypatch):
         parts = choose_parts(asked(recipe | yaml.safe_load(given)))
         parts.objective().start_run(100)
         assert parts.mover or parts.choice()
+    recipe = yaml.safe_load((ROOT/'recipes/digits/sodm_0.5.yaml').read_text())
+    for given in papers.SODM_PARTS.values():
+        choose_parts(asked(recipe | yaml.safe_load(given))).objective(num_classes=10).start_run(100)
     sys.modules.pop('papers')
