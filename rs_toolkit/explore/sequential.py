@@ -23,8 +23,9 @@ from scipy.special import bdtr, ndtri
 # %% ../../nbs/explore/how/sequential.ipynb #eeb8e96a
 from ..bounds import certified_radius, l2_ball, lower_bound
 from ..common import document
-from .acr import folders_of_runs, open_run
-from .core import BLUE, GREEN, GREY, ORANGE, PURPLE, Explorer, Tip
+from ..distribution import open_log
+from .acr import folders_of_runs
+from .core import BLUE, GREEN, GREY, ORANGE, PURPLE, Explorer, Tip, Votes
 from .core import add_traces, dashed, line, log_slider, named, panels, text
 from .radius import SHARES, down, short
 from ..metrics import setting
@@ -346,7 +347,7 @@ def images_of(
 )->Images:
     "Images by the share of their votes, one for each share."
     if folder is None: return Images(.5, np.unique(SHARES), ('The image',) * len(np.unique(SHARES)))
-    run = open_run(folder)
+    run = Votes(open_log(folder))
     share, first = np.unique(run.cast[:, 0] / run.drawn, return_index=True)
     names = tuple(f'Image {run.log.idx.iloc[i]}' for i in first)
     return Images(float(setting(run.log, 'sigma')), share, names)
