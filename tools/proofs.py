@@ -1,12 +1,13 @@
 """Evidence for certificates without noise: every loss on digits, and the front of accuracy against proofs on MNIST.
 
-    python tools/proofs.py digits                 (half an hour on one core)
+    python tools/proofs.py digits [SEEDS]         (ten minutes a seed on one core)
     python tools/proofs.py images FOLDER          (makes data/cache/mnist-t10k from the two t10k files in FOLDER)
-    python tools/proofs.py mnist                  (two hours on one core)
+    python tools/proofs.py mnist [SEEDS]          (half an hour a seed on one core)
     python tools/proofs.py cifar10                (two hours on one core)
     python tools/proofs.py keep                   (logs of what is finished, and one table, into data/proofs)
 
-Runs go into runs/proofs; what is finished there is not made again.
+Runs go into runs/proofs; what is finished there is not made again. SEEDS are numbers: 0 1 2 for digits, 0 1 for MNIST
+where none are given.
 """
 import gzip
 import json
@@ -27,9 +28,9 @@ BOOK = 'train_deterministic'
 LOSSES = ['ibp', 'cc_ibp', 'mtl_ibp', 'exp_ibp', 'sabr', 'crown_ibp', 'cc_dist']
 ALPHAS = [.1, .3, .5, .7, .9]
 
-def digits(seeds=3):
+def digits(*seeds):
     "Every loss, and the teacher of the last one."
-    for seed in range(seeds):
+    for seed in map(int, seeds or (0, 1, 2)):
         teacher = RUNS/f'digits/adversarial/{seed}'
         run(BOOK, 'digits/adversarial_eps0.1', teacher, seed=seed, search=[], proofs=['ibp', 'crown-ibp'])
         for loss in LOSSES:
@@ -48,9 +49,9 @@ def images(folder):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(file)
 
-def mnist(seeds=2):
+def mnist(*seeds):
     "The front: networks with and without a robust teacher, each with every alpha."
-    for seed in range(seeds):
+    for seed in map(int, seeds or (0, 1)):
         def one(method, name, seed=seed, **given):
             out = RUNS/f'mnist/{name}/{seed}'
             run(BOOK, f'mnist-t10k/{method}_eps0.1', out, seed=seed, **given)
@@ -76,7 +77,7 @@ def cifar10():
     one('ibp')
 
 def keep():
-    "Logs of all finished runs, and a row per network."
+    "Logs of all finished runs, and a row per network; what was kept before and is not here stays."
     rows = []
     for finished in sorted((ROOT/RUNS).glob('*/*/*/metrics.json')):
         folder = finished.parent
@@ -85,7 +86,10 @@ def keep():
         log = gzip.compress((folder/'verify.tsv').read_bytes(), mtime=0)
         (place/f'{folder.name}.tsv.gz').write_bytes(log)
         rows.append(row(folder))
-    pd.DataFrame(rows).round(6).to_csv(ROOT/'data/proofs/networks.csv', index=False)
+    table = ROOT/'data/proofs/networks.csv'
+    names = ['data', 'method', 'alpha', 'seed']
+    both = pd.concat([pd.read_csv(table), pd.DataFrame(rows).round(6)])
+    both.drop_duplicates(names, keep='last').sort_values(names).to_csv(table, index=False)
 
 def row(folder):
     "What is known of one network."
