@@ -230,7 +230,7 @@ def reload(page):
     page.wait_for_function(READY, timeout=90_000)
     loaded(page)
 
-def press(page, slider, key, seconds=10):
+def press(page, slider, key, seconds=30):
     "Press a key on a slider, and see the data change; milliseconds until the first and the last redraw."
     handle = page.locator('[role=slider]').nth(slider)
     handle.focus()

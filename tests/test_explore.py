@@ -100,7 +100,7 @@ def first_sign(page, key):
     handle.focus()
     page.evaluate(FIRST)
     handle.press(key)
-    lab.wait(page, '() => window.first.ms !== null', f'no sign of life after {key}', 10)
+    lab.wait(page, '() => window.first.ms !== null', f'no sign of life after {key}', 30)
     return page.evaluate('() => window.first.ms')
 
 def test_progress_of_smooth_is_seen_at_once_in_a_browser(server, browser, capsys):
@@ -110,7 +110,7 @@ def test_progress_of_smooth_is_seen_at_once_in_a_browser(server, browser, capsys
         lab.run(page)
         times = [first_sign(page, key) for key in ['ArrowLeft'] * 4 + ['ArrowRight'] * 8 + ['ArrowLeft'] * 4]
         page.locator('button[title=Stop]').click()
-        lab.wait(page, says('no certificate'), 'Stop did nothing', 10)
+        lab.wait(page, says('no certificate'), 'Stop did nothing', 30)
         page.locator('button[title^="a new run"]').click()
         lab.wait(page, says('Except with chance'), 'no certificate came', 60)
         lab.check(page)
