@@ -68,7 +68,9 @@ def acr_sweeps(runs):
     for name, given in ACR_SWEEPS.items(): train(runs/name, 'digits/acr_0.5', given)
 
 # SODM: one choice at a time, the others as in the recipe for digits, whose map is none.
-def sodm(**given): return yaml.safe_dump({'method_args': {'beta': 1., 'plain': .334} | given})
+RECIPE = yaml.safe_load((ROOT/'recipes/digits/sodm_0.5.yaml').read_text())
+
+def sodm(**given): return yaml.safe_dump({'method_args': RECIPE['method_args'] | given})
 
 def mapped(**given): return sodm(mapping='temperature', **given)
 
