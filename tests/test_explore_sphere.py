@@ -12,9 +12,10 @@ from explorer import clamps, complains, move, shown
 from rs_toolkit import checkpoint
 from rs_toolkit.attacks import sphere_attack
 from rs_toolkit.common import data_folder
-from rs_toolkit.data import CRAFTING, image_keys, load
+from rs_toolkit.data import CRAFTING, image_keys, load, photographs
 from rs_toolkit.explore import sphere
 from rs_toolkit.explore.core import middles
+from rs_toolkit.explore.smooth import CIFAR10
 from rs_toolkit.explore.sphere import SphereExplorer
 from rs_toolkit.explore.toy import PROBLEMS, train_toy
 from rs_toolkit.gradients import gradient_norms
@@ -83,7 +84,8 @@ def check_digit(e, s):
     else: assert 'all 24 noises are wrong from the start' in e.words.value
     first = before.right.int().argmax()
     for k, image in enumerate([images[s['image']], before.copies[first], after.copies[first]]):
-        np.testing.assert_allclose(t['pictures'].z[:, 9*k:9*k + 8], image[0], atol=1e-5)
+        drawn = np.asarray(t['pictures'].z)[:, 9*k:9*k + 8, 0] / 255
+        np.testing.assert_allclose(drawn, image[0].clamp(0, 1), atol=.51 / 255)
     mean = t['mean confidence']
     assert len(mean.x) == s['steps'] + 1
     np.testing.assert_allclose([mean.y[0], mean.y[-1]], [before.confidence.mean(), after.confidence.mean()], atol=1e-5)
@@ -176,6 +178,38 @@ def test_every_number_of_steps():
         assert f'wrong after {steps} steps' in e.words.value
     assert len(pictures) == 21
     assert e.worker.thread is thread
+
+@pytest.mark.parametrize('here', [True, False], ids=['CIFAR-10 at hand', 'photographs'])
+def test_real_images(here, monkeypatch):
+    "The networks of CIFAR-10 have its test images, or the photographs; their noises move on larger spheres."
+    images, labels, _ = photographs()
+    if here:
+        images = images.flip(0)
+        labels = torch.arange(20) % 10
+        monkeypatch.setattr('rs_toolkit.explore.smooth.load', lambda *what: (images, labels))
+        monkeypatch.setattr('rs_toolkit.explore.smooth.is_here', lambda dataset: True)
+    sphere.real_subject.cache_clear()
+    model = checkpoint.load(data_folder()/'cifar10-gaussian')
+    if not here:
+        with torch.no_grad(): labels = torch.where(labels < 0, model(images).argmax(1), labels)
+    e = SphereExplorer()
+    move(e, model='cifar10-gaussian', image=359, steps=2)           # a digit's number: the last image instead
+    assert e.worker.wait(120)
+    assert e.controls['image'].value == 19
+    how = dict(eps=.25, steps=2, norm=2)
+    before, after = attacked(model, images, labels, 19, .25, **how)
+    mean = shown(e)['mean confidence']
+    np.testing.assert_allclose([mean.y[0], mean.y[-1]], [before.confidence.mean(), after.confidence.mean()], atol=1e-4)
+    shape = np.asarray(shown(e)['pictures'].z)[:, :32].transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(shape, images[19], atol=.51 / 255)
+    name = CIFAR10[labels[19]] if here else f'taken for {CIFAR10[labels[19]]}'
+    assert f'<b>Image 19, {name}</b> (CIFAR-10, Gaussian)' in e.words.value
+    assert shown(e)['titles'].text[0] == name
+    assert len(shown(e)['before'].y) == 20
+    move(e, model='gaussian4')
+    check(e, image=19, steps=2)
+    assert e.controls['image'].max == 359
+    sphere.real_subject.cache_clear()
 
 def test_corners():
     "An image whose noises are all wrong, and the longest and shortest steps, break nothing."

@@ -3,11 +3,11 @@
     python tools/proofs.py digits [SEEDS]         (ten minutes a seed on one core)
     python tools/proofs.py images FOLDER          (makes data/cache/mnist-t10k from the two t10k files in FOLDER)
     python tools/proofs.py mnist [SEEDS]          (half an hour a seed on one core)
-    python tools/proofs.py cifar10                (two hours on one core)
+    python tools/proofs.py cifar10 [SEEDS]        (an hour and a half a seed on one core)
     python tools/proofs.py keep                   (logs of what is finished, and one table, into data/proofs)
 
 Runs go into runs/proofs; what is finished there is not made again. SEEDS are numbers: 0 1 2 for digits, 0 1 for MNIST
-where none are given.
+and 0 for CIFAR-10 where none are given.
 """
 import gzip
 import json
@@ -26,7 +26,6 @@ from rs_toolkit.log import read_log
 RUNS = Path('runs/proofs')
 BOOK = 'train_deterministic'
 LOSSES = ['ibp', 'cc_ibp', 'mtl_ibp', 'exp_ibp', 'sabr', 'crown_ibp', 'cc_dist']
-ALPHAS = [.1, .3, .5, .7, .9]
 
 def digits(*seeds):
     "Every loss, and the teacher of the last one."
@@ -49,32 +48,25 @@ def images(folder):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(file)
 
-def mnist(*seeds):
-    "The front: networks with and without a robust teacher, each with every alpha."
-    for seed in map(int, seeds or (0, 1)):
+def front(data, recipe, alphas, others, seeds):
+    "Networks with and without a robust teacher, each with every alpha; and other methods."
+    for seed in map(int, seeds):
         def one(method, name, seed=seed, **given):
-            out = RUNS/f'mnist/{name}/{seed}'
-            run(BOOK, f'mnist-t10k/{method}_eps0.1', out, seed=seed, **given)
+            out = RUNS/f'{data}/{name}/{seed}'
+            run(BOOK, recipe.format(method), out, seed=seed, **given)
             return str(out)
 
         teacher = one('adversarial', 'adversarial')
-        for alpha in ALPHAS:
+        for alpha in alphas:
             one('cc_ibp', f'cc_ibp-{alpha}', method_args={'alpha': alpha})
             one('cc_dist', f'cc_dist-{alpha}', method_args={'alpha': alpha}, teacher=teacher)
-        one('ibp', 'ibp')
-        one('sabr', 'sabr')
+        for method in others: one(method, method)
 
-def cifar10():
-    "CIFAR-10 (JPEG copy) in data/cache/cifar10-jpeg: as far as a night of two cores goes."
-    def one(method, **given):
-        out = RUNS/'cifar10-jpeg'/method
-        run(BOOK, f'cifar10-jpeg/{method}_eps2_255', out, **given)
-        return str(out)
+def mnist(*seeds): front('mnist', 'mnist-t10k/{}_eps0.1', [.1, .3, .5, .7, .9], ['ibp', 'sabr'], seeds or (0, 1))
 
-    teacher = one('adversarial')
-    one('cc_ibp')
-    one('cc_dist', teacher=teacher)
-    one('ibp')
+def cifar10(*seeds):
+    "CIFAR-10 (JPEG copy) in data/cache/cifar10-jpeg: as far as an afternoon of one core goes."
+    front('cifar10-jpeg', 'cifar10-jpeg/{}_eps2_255', [.03, .1, .3], ['ibp'], seeds or (0,))
 
 def keep():
     "Logs of all finished runs, and a row per network; what was kept before and is not here stays."
