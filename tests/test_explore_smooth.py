@@ -149,7 +149,7 @@ def test_many_classes():
     "Of a thousand, the bars show the twelve with most votes; the chosen one is among them."
     w = SmoothExplorer(**N).now
     strays = np.repeat(np.arange(100, 120), 3)
-    many = replace(w, num_classes=1000, votes=np.r_[w.votes, strays], n=1060)
+    many = replace(w, classes=tuple(map(str, range(1000))), votes=np.r_[w.votes, strays], n=1060)
     t = smooth.smooth_traces(many)
     assert len(t['votes chosen']['x']) == 1
     assert len(t['votes other']['x']) == 11
@@ -300,6 +300,10 @@ def test_photographs_stand_in_for_images_that_are_not_here(monkeypatch):
     e = SmoothExplorer(model=str(package_folder()/'data/cifar10-gaussian'), image=8, n=100)
     assert (e.now.size, e.now.label, e.now.pictures.shape[1:]) == (20, -1, (3, 32, 32))
     assert 'of no class' in e.words.value and 'wrong' not in e.words.value and '-1' not in shown(e)['true'].text[0]
+    name = smooth.CIFAR10[e.now.now.selected]
+    assert f'votes chose class {name}' in e.words.value
+    assert name in shown(e)['said chosen'].text
+    assert e.fig.layout.xaxis2.ticktext[e.now.now.selected] == name
 
 def test_torchvisions_images_go_first(monkeypatch):
     monkeypatch.setattr(smooth, 'is_here', lambda dataset: dataset == 'cifar10')

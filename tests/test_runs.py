@@ -102,7 +102,7 @@ def test_the_executed_notebook_holds_curves_and_progress(teacher):
     nb = nbformat.read(teacher/'executed.ipynb', 4)
     outputs = [output for cell in nb.cells for output in cell.get('outputs', [])]
     figures = [output for output in outputs if 'application/vnd.plotly.v1+json' in output.get('data', {})]
-    assert len(figures) == 3 and 'widgets' not in nb.metadata
+    assert len(figures) == 4 and 'widgets' not in nb.metadata                 # one of them twice: where it begins, too
     assert (teacher/'executed.ipynb').stat().st_size < 500_000
     bars = [output.data['text/plain'] for output in outputs if 'text/plain' in output.get('data', {})]
     text = '\n'.join(bars)
@@ -159,10 +159,25 @@ def test_every_parameter_of_a_run_without_noise_arrives(tmp_path):
     succeed('compare', tmp_path/'both', runs=[str(folder), str(again)], out=str(tmp_path/'both'))
     assert (tmp_path/'both/table.md').exists()
 
-@pytest.mark.parametrize('book', ['train_deterministic', 'certify', 'compare'])
-def test_without_arguments(tmp_path, book):
+def beginning(folder):
+    "What is seen first of an executed notebook."
+    nb = nbformat.read(folder/'executed.ipynb', 4)
+    return [output.data for cell in nb.cells[:3] for output in cell.get('outputs', [])]
+
+def check_beginning(folder, column):
+    "The result: a table, and a picture with something in it."
+    table, picture = beginning(folder)
+    assert column in table['text/html']
+    assert picture['application/vnd.plotly.v1+json']['data']
+
+@pytest.mark.parametrize('book, column', [
+    ('train_deterministic', 'CROWN-IBP'), ('certify', 'abstention'), ('compare', 'abstention')])
+def test_without_arguments(tmp_path, book, column):
     "And train, which `.ci/run` runs as README's first command."
     succeed(book, tmp_path, out=str(tmp_path))                                             # all but where to put it
+    check_beginning(tmp_path, column)
+
+def test_training_begins_with_its_result(teacher): check_beginning(teacher, 'abstention')
 
 def test_compare(tmp_path, teacher):
     succeed('compare', tmp_path/'same', runs=[str(teacher), str(teacher/'certify.tsv')], radii=[0, .5])
@@ -172,7 +187,8 @@ def test_compare(tmp_path, teacher):
 
 def test_benchmark(tmp_path):
     succeed('benchmark', tmp_path, archs=['cifar_resnet20'], samples=[100], batches=[50], images=16, rounds=2,
-            loops=[100], methods=['crt, equal teacher'], budget=2000, logs=['digits-gaussian'], certified=3, shared=16)
+            loops=[100], methods=['crt, equal teacher'], budget=2000, logs=['digits-gaussian'], certified=3, shared=16,
+            proved=['cnn4'])
     for wrong, says in [(dict(rounds=1), 'at least two rounds'), (dict(parts=['lop']), "did you mean 'loop'")]:
         refused = mill('benchmark', tmp_path, **wrong)
         assert refused.returncode == 1 and says in refused.stderr

@@ -1,16 +1,20 @@
 """Tune methods on a fifth of the training digits, then train and certify each with several seeds.
 
     python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm --epochs 30
+    python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm --epochs 30 --keep
 
 Every method has the same number of trials, the first of which is its recipe. A trial learns without each fifth training
 image and is judged by the ACR on those; the test images are read by the runs that follow, and only by them. A command
-that was stopped goes on where it was. What it leaves: OUT/tuning/METHOD/TRIAL and OUT/seeds/METHOD/SEED, run folders.
+that was stopped goes on where it was. What it leaves: OUT/tuning/METHOD/TRIAL and OUT/seeds/METHOD/SEED, run folders;
+with --keep also the logs of all seeds, and a table of the trials, in data/digits-seeds.
 """
 import argparse
 import ast
+import gzip
 import json
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from rs_toolkit.bounds import max_radius
@@ -101,12 +105,29 @@ def tune_and_run(keys, out, epochs):
             teacher = out/'seeds'/'smoothmix'/str(seed)
             run(taught(setting, teacher) | dict(seed=seed), out/'seeds'/key/str(seed))
 
+def keep(keys, out, epochs):
+    "Logs of all seeds, and a row per trial."
+    place = ROOT/'data/digits-seeds'
+    rows = []
+    for key in keys:
+        (place/key).mkdir(parents=True, exist_ok=True)
+        for seed in SEEDS:
+            log = (out/'seeds'/key/str(seed)/'certify.tsv').read_bytes()
+            (place/key/f'{seed}.tsv.gz').write_bytes(gzip.compress(log, mtime=0))
+        chosen = tune(key, out, epochs)
+        for trial, change in enumerate([{}] + TRIALS[key]):
+            rows.append(dict(method=key, trial=trial, change=json.dumps(change), epochs=epochs,
+                             acr=round(judged(out/'tuning'/key/str(trial)), 4), chosen=trial == chosen))
+    pd.DataFrame(rows).to_csv(place/'trials.csv', index=False)
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path)
     parser.add_argument('methods', nargs='*', default=list(METHODS))
     parser.add_argument('--epochs', type=int, default=100, help='of every run')
+    parser.add_argument('--keep', action='store_true', help='logs and trials go into data/digits-seeds')
     given = parser.parse_args()
     for key in given.methods:
         if key not in TRIALS: parser.error(str(unknown('method', key, TRIALS)))
     tune_and_run(given.methods, given.out.resolve(), given.epochs)
+    if given.keep: keep(given.methods, given.out.resolve(), given.epochs)

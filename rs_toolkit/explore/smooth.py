@@ -125,7 +125,7 @@ class Watched:
     size: int               # of the test split
     label: int              # its true class
     pictures: np.ndarray    # [1 + COPIES, C, H, W]: the image, and the noisy copies behind the first votes
-    num_classes: int
+    classes: tuple          # what they are called
     sigma: float            # noise level
     n: int                  # samples, fixed before the first vote
     alpha: float            # failure probability
@@ -134,6 +134,8 @@ class Watched:
     votes: np.ndarray       # classes of the fresh samples, so far
     stopped: bool = False   # before the end
 
+    @property
+    def num_classes(self): return len(self.classes)
     @property
     def finished(self): return len(self.votes) == self.n
 
@@ -166,7 +168,7 @@ def watch(
     x = images[image].to(device_of(model))
     pictures = torch.stack([x, *noisy_copies(x, sigma, COPIES, seed=seed, idx=image)]).cpu().numpy()
     drawn = np.empty(N0 + n, np.int64)
-    now = Watched(image, len(images), int(labels[image]), pictures, model.metadata['num_classes'],
+    now = Watched(image, len(images), int(labels[image]), pictures, class_names(model.metadata),
                   sigma, n, alpha, seed, chosen_by=drawn[:0], votes=drawn[:0])
     yield now
     seen = 0         # votes, with those that choose
@@ -198,7 +200,7 @@ def certificate_in_words(w:Watched)->str:
     c = w.now
     promise = ''
     if c.radius >= NOTHING:
-        promise = f': no change shorter than that alters the answer {c.prediction}'
+        promise = f': no change shorter than that alters the answer {w.classes[c.prediction]}'
     wrong = ''
     if w.label >= 0 and c.prediction not in (ABSTAIN, w.label):
         wrong = ' The promise is about the answer, and <b>the answer is wrong</b>.'
@@ -207,16 +209,16 @@ def certificate_in_words(w:Watched)->str:
             f'The same in code: <code>{call}</code>')
 
 # %% ../../nbs/explore/how/smooth.ipynb #a5a8df3e
-def of_class(label): return f'class <b>{label}</b>' if label >= 0 else 'of no class'
+def of_class(w): return f'class <b>{w.classes[w.label]}</b>' if w.label >= 0 else 'of no class'
 
 def in_words(w:Watched)->str:
     "Where the run stands, and what that is worth."
-    words = f'Image {w.image}, {of_class(w.label)}, at σ = {w.sigma:g}. '
+    words = f'Image {w.image}, {of_class(w)}, at σ = {w.sigma:g}. '
     if not len(w.votes): return words + f'<b>{"Stopped: no certificate" if w.stopped else "Sampling"}</b>.'
     c = w.now
     m = len(w.votes)
     chosen = w.chosen_by.tolist().count(c.selected)
-    words += (f'{chosen} of {N0} votes chose class {c.selected}; '
+    words += (f'{chosen} of {N0} votes chose class {w.classes[c.selected]}; '
               f'<b>{c.counts[c.selected]:,} of {m:,}</b> fresh ones agree')
     if w.stopped:
         return words + (f'.<br><b>Stopped before N = {w.n:,}: no certificate.</b> '
@@ -268,14 +270,15 @@ def bars(classes, counts, these):
 def image_traces(w:Watched, top)->dict:
     "The image, its noisy copies, what the network calls them, and the votes class by class."
     canvas, x, y = mosaic(w.pictures)
-    said = w.votes[:COPIES].tolist() or [''] * COPIES
+    said = w.votes[:COPIES].tolist() or [None] * COPIES
+    def named(shown): return [w.classes[v] if v is not None and shown(v) else '' for v in said]
     classes = shown_classes(w)
     counts = np.bincount(w.votes, minlength=w.num_classes)[classes]
     return {
         'pictures': dict(z=canvas),
-        'true': dict(x=x[:1], y=y[:1], text=[f'the image: {w.label}' if w.label >= 0 else 'the image']),
-        'said chosen': dict(x=x[1:], y=y[1:], text=[str(v) if v == top else '' for v in said]),
-        'said other': dict(x=x[1:], y=y[1:], text=[str(v) if v != top else '' for v in said]),
+        'true': dict(x=x[:1], y=y[:1], text=[f'the image: {w.classes[w.label]}' if w.label >= 0 else 'the image']),
+        'said chosen': dict(x=x[1:], y=y[1:], text=named(lambda v: v == top)),
+        'said other': dict(x=x[1:], y=y[1:], text=named(lambda v: v != top)),
         'votes chosen': bars(classes, counts, classes == top),
         'votes other': bars(classes, counts, classes != top),
     }
@@ -330,11 +333,14 @@ def smooth_axes(w:Watched)->dict:
     "How far the axes go, and the names of the classes."
     height, width, _ = mosaic(w.pictures)[0].shape
     classes = shown_classes(w)
-    names = [f'<b>{c}</b><br>true' if c == w.label else str(c) for c in classes]
+    long = max(map(len, w.classes)) > 4
+    true = ', true' if long else '<br>true'
+    names = [f'<b>{w.classes[c]}</b>{true}' if c == w.label else w.classes[c] for c in classes]
     top = max_radius(w.sigma, w.n, w.alpha)
     decades = [0, np.log10(max(w.n, 10))]
     return {'xaxis.range': [-.5, width - .5], 'yaxis.range': [height - .5, -.5],
-            'xaxis2.tickvals': [*range(len(classes))], 'xaxis2.ticktext': names, 'yaxis2.range': [0, 1.12*w.n],
+            'xaxis2.tickvals': [*range(len(classes))], 'xaxis2.ticktext': names,
+            'xaxis2.tickangle': -40 if long else 0, 'yaxis2.range': [0, 1.12*w.n],
             'xaxis3.range': decades, 'xaxis4.range': decades, 'yaxis4.range': [0, 1.1 * max(top, w.sigma)]}
 
 # %% ../../nbs/explore/how/smooth.ipynb #857a9121

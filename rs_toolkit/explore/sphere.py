@@ -171,7 +171,7 @@ def gradients_in_words(
     before = tables[0]
     after = tables[steps]
     counts = before['count']
-    both = f'of {counts.easy} easy images (p<sub>A</sub> > ½) and {counts.hard} hard ones'
+    both = f'{counts.easy} easy images (p<sub>A</sub> > ½), {counts.hard} hard'
     if not (counts.easy and counts.hard): return f'{both}: nothing to compare.'
     means = [f'{table["mean"].easy:.1f} and {table["mean"].hard:.1f}' for table in (before, after)]
     return (f'{both}: mean norm {means[0]} before, {means[1]} after. '
