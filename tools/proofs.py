@@ -66,7 +66,7 @@ def mnist(*seeds): front('mnist', 'mnist-t10k/{}_eps0.1', [.1, .3, .5, .7, .9], 
 
 def cifar10(*seeds):
     "CIFAR-10 (JPEG copy) in data/cache/cifar10-jpeg: as far as an afternoon of one core goes."
-    front('cifar10-jpeg', 'cifar10-jpeg/{}_eps2_255', [.03, .1, .3], ['ibp'], seeds or (0,))
+    front('cifar10-jpeg', 'cifar10-jpeg/{}_eps2_255', [.03, .1], ['ibp'], seeds or (0,))
 
 def keep():
     "Logs of all finished runs, and a row per network; what was kept before and is not here stays."
