@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from recipes import ROOT, run
+from recipes import ROOT, pack, run
 from rs_toolkit.catalogue import entries
 from rs_toolkit.deterministic.verify import accuracies
 from rs_toolkit.log import read_log
@@ -74,9 +74,7 @@ def keep():
     for finished in sorted((ROOT/RUNS).glob('*/*/*/metrics.json')):
         folder = finished.parent
         place = ROOT/'data/proofs'/folder.parent.relative_to(ROOT/RUNS)
-        place.mkdir(parents=True, exist_ok=True)
-        log = gzip.compress((folder/'verify.tsv').read_bytes(), mtime=0)
-        (place/f'{folder.name}.tsv.gz').write_bytes(log)
+        pack(folder/'verify.tsv', place/f'{folder.name}.tsv.gz')
         rows.append(row(folder))
     table = ROOT/'data/proofs/networks.csv'
     names = ['data', 'method', 'alpha', 'seed']

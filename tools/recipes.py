@@ -1,4 +1,5 @@
 """What tools share that make runs from recipes."""
+import gzip
 import json
 import subprocess
 import sys
@@ -15,3 +16,8 @@ def run(book, recipe, out, **given):
     command = [sys.executable, '-m', 'papermill', f'nbs/{book}.ipynb', f'{out}/executed.ipynb', '--no-progress-bar',
                '-f', f'recipes/{recipe}.yaml', '-y', json.dumps(given | {'out': str(out)})]
     subprocess.run(command, cwd=ROOT, check=True)
+
+def pack(log, place):
+    "Copy a log, packed: the same bytes for the same log."
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(gzip.compress(log.read_bytes(), mtime=0))

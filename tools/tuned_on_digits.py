@@ -10,13 +10,13 @@ with --keep also the logs of all seeds, and a table of the trials, in data/digit
 """
 import argparse
 import ast
-import gzip
 import json
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
+from recipes import ROOT, pack
 from rs_toolkit.bounds import max_radius
 from rs_toolkit.catalogue import METHODS
 from rs_toolkit.certify import certify_dataset
@@ -28,7 +28,6 @@ from rs_toolkit.recipe import Task, choose_parts, find_start, find_teacher, keep
 from rs_toolkit.recipe import train_network
 from rs_toolkit.run import open_run, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 SEEDS = range(5)
 TUNING = dict(held_out=5, n=1000)          # a trial is certified with fewer samples: it only has to be ranked
 
@@ -110,10 +109,7 @@ def keep(keys, out, epochs):
     place = ROOT/'data/digits-seeds'
     rows = []
     for key in keys:
-        (place/key).mkdir(parents=True, exist_ok=True)
-        for seed in SEEDS:
-            log = (out/'seeds'/key/str(seed)/'certify.tsv').read_bytes()
-            (place/key/f'{seed}.tsv.gz').write_bytes(gzip.compress(log, mtime=0))
+        for seed in SEEDS: pack(out/'seeds'/key/str(seed)/'certify.tsv', place/key/f'{seed}.tsv.gz')
         chosen = tune(key, out, epochs)
         for trial, change in enumerate([{}] + TRIALS[key]):
             rows.append(dict(method=key, trial=trial, change=json.dumps(change), epochs=epochs,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'NOISES', 'SIGMA', 'MANY', 'STEP', 'REAL', 'THIN', 'PIXELS', 'NOW', 'LOOKS', 'TITLES', 'OPEN', 'MOVING',
-           'CHANGED', 'TIPS', 'Setting', 'digits', 'toy', 'digits_folder', 'digits_model', 'networks', 'label_of',
+           'CHANGED', 'TIPS', 'Setting', 'digits', 'toy', 'folder_of', 'label_of', 'digits_model', 'networks',
            'Subject', 'subject', 'size_of', 'real_subject', 'drawn', 'Attacked', 'image_walk', 'plane_walk', 'share',
            'walk_in_words', 'gradients_in_words', 'strands', 'there_and_back', 'rings', 'error_region', 'plane_traces',
            'picture_traces', 'image_traces', 'gradient_traces', 'marker', 'box', 'sphere_layout', 'walks', 'gradients',
@@ -62,21 +62,20 @@ def digits(split): return load('digits', split)
 @lru_cache
 def toy(problem): return train_toy(problem), *PROBLEMS[problem]()
 
-def digits_folder(name): return data_folder()/'digits-methods/equal_epochs'/name
+REAL = {'cifar10-gaussian': 'CIFAR-10, Gaussian', 'cifar10-crt': 'CIFAR-10, CRT'}
 
-def digits_model(name): return checkpoint.load(digits_folder(name))
-
-REAL = {'CIFAR-10, Gaussian': 'cifar10-gaussian', 'CIFAR-10, CRT': 'cifar10-crt'}
-
-def networks(
-)->dict:  # label -> folder
-    "What ships: a network of each method for digits, and those for CIFAR-10."
-    found = {METHODS[key].label: key for key in METHODS if (digits_folder(key)/'model.safetensors').exists()}
-    return found | {label: name for label, name in REAL.items() if (data_folder()/name/'model.safetensors').exists()}
+def folder_of(name): return data_folder()/(name if name in REAL else f'digits-methods/equal_epochs/{name}')
 
 def label_of(name):
     "What a network is called."
-    return next(label for label, folder in networks().items() if folder == name)
+    return REAL[name] if name in REAL else METHODS[name].label
+
+def digits_model(name): return checkpoint.load(folder_of(name))
+
+def networks(
+)->dict:  # label -> name
+    "What ships: a network of each method for digits, and those for CIFAR-10."
+    return {label_of(name): name for name in [*METHODS, *REAL] if (folder_of(name)/'model.safetensors').exists()}
 
 # %% ../../nbs/explore/how/sphere.ipynb #51014518
 @dataclass(frozen=True)
@@ -101,14 +100,14 @@ class Subject:
 
 def subject(name)->Subject:
     "A network by its folder."
-    if name in REAL.values(): return real_subject(data_folder()/name)
+    if name in REAL: return real_subject(folder_of(name))
     names = tuple(f'digit {i}' for i in range(10))
     many = tuple(v[::8] for v in digits('train'))
     return Subject(digits_model(name), SIGMA, *digits('test'), names, many)
 
 def size_of(name):
     "How many images a network has."
-    return len(real_subject(data_folder()/name).images if name in REAL.values() else digits('test')[0])
+    return len(real_subject(folder_of(name)).images if name in REAL else digits('test')[0])
 
 @lru_cache
 def real_subject(folder):
