@@ -46,8 +46,8 @@ def test_methods():
     assert trace.line.color == COLOUR
 
 def test_sphere():
-    from rs_toolkit.explore.sphere import digits_model, digits_models
-    assert digits_models()[LABEL] == 'mine'
+    from rs_toolkit.explore.sphere import digits_model, networks
+    assert networks()[LABEL] == 'mine'
     assert digits_model('mine').metadata == digits_model('macer').metadata
 
 def test_smooth():
