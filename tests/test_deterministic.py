@@ -286,3 +286,21 @@ def test_many_classes_come_in_parts(monkeypatch):
     monkeypatch.setattr(boxes, 'LARGEST', 1000)
     torch.testing.assert_close(boxes.margin_bounds(model, x, y, .05), whole)
     torch.testing.assert_close(boxes.margin_bounds(model, x, y, .05, batch_size=2), whole)
+
+def test_a_few_images_at_a_time_have_the_same_bounds_and_gradients():
+    torch.manual_seed(0)
+    model = build('cnn_digits', 10, 1, 8).double().eval()
+    x = torch.rand(7, 1, 8, 8, dtype=torch.float64)
+    y = torch.arange(7)
+    steps = boxes.read(model, x)
+    widest = 10 * 8 * max(box.lower[0].numel() for box in boxes.propagate(steps, ball(x, .05)))   # bytes for an image
+    found = []
+    for images in 7, 3, 1:
+        model.zero_grad()
+        around = boxes.propagate(steps, ball(x, .05))
+        bounds = crown.margins_in_parts(steps, around, y, memory=images * widest / 2**20)
+        F.softplus(-bounds).sum().backward()
+        found.append([bounds.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert found[0][1].abs().max() > 0
+    for part in found[1:]: torch.testing.assert_close(part, found[0])
+    torch.testing.assert_close(found[0][0], crown.margins(steps, around, y).detach())

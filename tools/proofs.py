@@ -6,8 +6,8 @@
     python tools/proofs.py cifar10 [SEEDS]        (an hour and a half a seed on one core)
     python tools/proofs.py keep                   (logs of what is finished, and one table, into data/proofs)
 
-Runs go into runs/proofs; what is finished there is not made again. SEEDS are numbers: 0 1 2 for digits, 0 1 for MNIST
-and 0 for CIFAR-10 where none are given.
+Runs go into runs/proofs; what is finished there is not made again. SEEDS are numbers: 0 1 2 for digits, 0 1 for the
+others, where none are given.
 """
 import gzip
 import json
@@ -48,8 +48,8 @@ def images(folder):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(file)
 
-def front(data, recipe, alphas, others, seeds):
-    "Networks with and without a robust teacher, each with every alpha; and other methods."
+def front(data, recipe, plain, taught, others, seeds):
+    "Networks without and with a robust teacher, each with its alphas; and other methods."
     for seed in map(int, seeds):
         def one(method, name, seed=seed, **given):
             out = RUNS/f'{data}/{name}/{seed}'
@@ -57,16 +57,17 @@ def front(data, recipe, alphas, others, seeds):
             return str(out)
 
         teacher = one('adversarial', 'adversarial')
-        for alpha in alphas:
-            one('cc_ibp', f'cc_ibp-{alpha}', method_args={'alpha': alpha})
-            one('cc_dist', f'cc_dist-{alpha}', method_args={'alpha': alpha}, teacher=teacher)
+        for alpha in plain: one('cc_ibp', f'cc_ibp-{alpha}', method_args={'alpha': alpha})
+        for alpha in taught: one('cc_dist', f'cc_dist-{alpha}', method_args={'alpha': alpha}, teacher=teacher)
         for method in others: one(method, method)
 
-def mnist(*seeds): front('mnist', 'mnist-t10k/{}_eps0.1', [.1, .3, .5, .7, .9], ['ibp', 'sabr'], seeds or (0, 1))
+def mnist(*seeds):
+    alphas = [.1, .3, .5, .7, .9]
+    front('mnist', 'mnist-t10k/{}_eps0.1', alphas, alphas, ['ibp', 'sabr'], seeds or (0, 1))
 
 def cifar10(*seeds):
-    "CIFAR-10 (JPEG copy) in data/cache/cifar10-jpeg: as far as an afternoon of one core goes."
-    front('cifar10-jpeg', 'cifar10-jpeg/{}_eps2_255', [.03, .1], ['ibp'], seeds or (0,))
+    "CIFAR-10 (JPEG copy) in data/cache/cifar10-jpeg; a teacher acts like a smaller alpha, so there is one without it."
+    front('cifar10-jpeg', 'cifar10-jpeg/{}_eps2_255', [.01, .03, .1], [.03, .1], ['ibp'], seeds or (0, 1))
 
 def keep():
     "Logs of all finished runs, and a row per network; what was kept before and is not here stays."

@@ -569,7 +569,7 @@ class CROWNIBP(Certified):
         bounds = view.bounds
         if view.boxes is not None and view.progress < 1:
             with exactly(view.x.device):
-                linear = crown.margins(view.steps, view.boxes, view.y)
+                linear = crown.margins_in_parts(view.steps, view.boxes, view.y)
             bounds = torch.lerp(linear, bounds, view.progress)
         return {'robust': surprise(bounds, view.y).mean()}
 
