@@ -26,3 +26,10 @@ def shown(explorer):
     return Shown({trace.name: trace for trace in explorer.fig.data})
 
 def complains(explorer, words): return 'role="alert"' in explorer.words.value and words in explorer.words.value
+
+def drop(explorer, grip, x, y):
+    "Take hold of the point in a panel, and let it go elsewhere: what the browser sends."
+    places = {f'shapes[{grip}].xanchor': x, f'shapes[{grip}].yanchor': y}
+    explorer.fig._js2py_relayout = dict(relayout_data=places, source_view_id='a view')
+
+def grips(explorer): return [(shape.xanchor, shape.yanchor) for shape in explorer.fig.layout.shapes]

@@ -5,6 +5,7 @@ import statistics
 import time
 from datetime import UTC, datetime
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from rs_toolkit.common import package_folder
 from rs_toolkit.data import load
 from rs_toolkit.explore import attack
 from rs_toolkit.explore.attack import ALL, BUDGETS, GRID, NETWORK, VOTE, AttackExplorer, next_budget
+from rs_toolkit.explore.door import Network, guests
+from rs_toolkit.explore.smooth import trained
 from rs_toolkit.models import HalfSpace, build
 
 QUICK = dict(n=1000, steps=3, num_noise=2)
@@ -55,13 +58,13 @@ def check_siege(e, image=40, sigma=.25, n=1000, folder='data/digits-gaussian'):
 
 # --- every control ---
 
-MOVES = dict(image=2, sigma=.4, model='data/digits-crt', steps=6, num_noise=5, n=3163, folder='data/digits-crt')
+MOVES = dict(image=2, sigma=.4, model=str(package_folder()/'data/digits-crt'), steps=6, num_noise=5, n=3163,
+             folder=guests('data/digits-crt', Network))
 
 @pytest.mark.parametrize('control', MOVES)
 def test_every_control_starts_a_siege(e, control):
     before = e.now
     value = MOVES[control]
-    if control == 'model': value = str(package_folder()/value)
     move(e, **{control: value})
     assert done(e) is not before
     assert e.now.certificate is not None and next_budget(e.now, e.wanted()) is None
@@ -70,7 +73,6 @@ def test_every_control_starts_a_siege(e, control):
     if control in ('model', 'folder'): check_siege(e, folder='data/digits-crt')
     if control in ('steps', 'num_noise'): assert getattr(e.now, control) == value
     if control == 'n': assert e.now.certificate.n == 3163
-    assert e.controls['model'].disabled == (control == 'folder')
 
 def test_the_budget_is_attacked_at_once_and_nothing_else_again(e):
     s = check_siege(e)
@@ -134,7 +136,7 @@ def test_a_run_of_files_is_attacked_again(tmp_path):
     "One image of the file, attacked once more."
     rows = attack.attacked('data/digits-gaussian')
     row = rows[rows.network.notna() & (rows.network > 0)].iloc[0]
-    model, images, labels = attack.opened('data/digits-gaussian')
+    model, images, labels = trained('data/digits-gaussian')
     i = int(row.idx)
     x, y = images[i:i + 1], labels[i:i + 1]
     d = pgd_perturbation(model, x, y, torch.zeros_like(x)[None], eps=float(row.network), steps=int(row.steps))
@@ -148,7 +150,7 @@ def test_all_pictures(e):
     right = rows[rows.radius > 0]
     np.testing.assert_array_equal(traces['vote broken'].x, right.radius)
     move_to(e, ALL)
-    move(e, folder='data/digits-methods/equal_epochs/sodm')
+    move(e, folder=guests('data/digits-methods/equal_epochs/sodm', Network))
     done(e)
     assert 'has not been attacked' in e.words.value
     assert 'nobody has attacked' in shown(e)['nobody'].text[0]
@@ -218,16 +220,16 @@ def test_a_wrong_file_is_said_and_the_rest_works(e):
 
 def test_a_checkpoint_alone(tmp_path):
     shutil.copy(package_folder()/'data/digits-crt/model.safetensors', tmp_path/'theirs.safetensors')
-    e = AttackExplorer(run=tmp_path/'theirs.safetensors', **QUICK)
+    e = AttackExplorer(folder=tmp_path/'theirs.safetensors', **QUICK)
     check_siege(e, folder='data/digits-crt')
     assert e.rows is None
 
 def test_a_network_without_pictures_waits_for_one(e, tmp_path):
     shape = dict(num_classes=2, in_channels=3, image_size=9)
     file = save(tmp_path, build('small_cnn', **shape), arch='small_cnn', **shape, mean=None, std=None)
-    move(e, folder=str(file))
+    move(e, folder=guests(file, Network))
     assert e.worker.wait()
-    assert complains(e, 'draw one, or upload one')
+    assert complains(e, 'or upload one')
     upload(e, 'any.png', png((40, 40)))
     assert done(e).look.pictures.shape[1:] == (3, 9, 9)
 
@@ -235,12 +237,13 @@ def test_wrong_places_are_said_and_survived(e, tmp_path):
     before = e.fig.to_json()
     (tmp_path/'broken').mkdir()
     (tmp_path/'broken/config.json').write_text(json.dumps(dict(parameters=[])))
-    for place, words in {TRAP: 'no checkpoint at', str(tmp_path/'broken'): 'does not say which data set'}.items():
-        move(e, folder=place)
+    wrong = {TRAP: 'it holds no config.json', str(tmp_path/'broken'): 'does not say which data set'}
+    for place, words in wrong.items():
+        move(e, folder=(Network(TRAP, Path(place)),))
         assert e.worker.wait()
         assert complains(e, words) and '<img' not in e.words.value
         assert e.fig.to_json() == before
-    move(e, folder='')
+    move(e, folder=())
     check_siege(e)
 
 def test_names_of_classes_are_text(e):

@@ -5,7 +5,7 @@ import torch
 from scipy.special import ndtri
 from scipy.stats import beta
 
-from explorer import clamps, complains, move, move_to, shown
+from explorer import clamps, complains, drop, grips, move, move_to, shown
 from rs_toolkit.deterministic import boxes, crown
 from rs_toolkit.explore.boxes import ROOMS, TIPS, BoxesExplorer, Comparison
 from rs_toolkit.explore.core import EVERY, middles
@@ -304,6 +304,19 @@ def test_controls_clamp_and_offer_everything():
     assert e.controls['training'].options == tuple(TRAININGS)
     assert e.controls['problem'].options == tuple(PROBLEMS)
     with pytest.raises(ValueError, match='unknown network'): boxed('moons', 'plain', None).model.eval()
+
+@pytest.mark.parametrize('panel', [0, 1])
+def test_the_point_can_be_dragged(panel):
+    e = BoxesExplorer()
+    drop(e, panel, .4149, .5231)
+    assert (e.controls['x'].value, e.controls['y'].value) == (.41, .52)
+    assert grips(e) == [(.41, .52)] * 2
+    drop(e, panel, -.2, .5231)                                 # outside of the picture: it comes back to its edge
+    assert grips(e) == [(0, .52)] * 2
+    move(e, x=.3)
+    assert grips(e) == [(.3, .52)] * 2
+    drop(e, panel, .9, .52)
+    check(e, x=.9, y=.52)
 
 def click(trace, x, y):
     "What the browser sends."

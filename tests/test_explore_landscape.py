@@ -10,7 +10,7 @@ import torch
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta
 
-from explorer import clamps, complains, move, shown
+from explorer import clamps, complains, drop, grips, move, shown
 from rs_toolkit.explore import landscape
 from rs_toolkit.explore.core import middles
 from rs_toolkit.explore.landscape import OWN, SCENES, Landscape, LandscapeExplorer
@@ -180,6 +180,19 @@ def test_corners(sigma, n):
         for word in 'inf', 'nan', 'alert': assert word not in e.words.value, (x, y, e.words.value)
         for name in 'ball', 'ball if known': assert np.isfinite(shown(e)[name].x[:-1]).all(), (x, y, name)
         assert 0 <= shown(e)['smoothed'].z.min() <= shown(e)['smoothed'].z.max() <= 1, (x, y)
+
+@pytest.mark.parametrize('panel', [0, 1])
+def test_the_point_can_be_dragged(panel):
+    e = LandscapeExplorer()
+    drop(e, panel, .4149, .5231)
+    assert (e.controls['x'].value, e.controls['y'].value) == (.41, .52)
+    assert grips(e) == [(.41, .52)] * 2
+    drop(e, panel, -.2, .5231)                                 # outside of the picture: it comes back to its edge
+    assert grips(e) == [(0, .52)] * 2
+    move(e, x=.3)
+    assert grips(e) == [(.3, .52)] * 2
+    drop(e, panel, .9, .52)
+    check(e, x=.9, y=.52)
 
 def click(trace, x, y):
     "What the browser sends."

@@ -288,7 +288,7 @@ def test_another_test_split(tmp_path):
     assert e.worker.wait()
     assert e.now.finished
     assert e.controls['image'].value == e.controls['image'].max == 3              # there is no image 40
-    np.testing.assert_array_equal(shown(e)['pictures'].z[3:12, :9], pixels[3])    # class 1: after those of class 0
+    np.testing.assert_array_equal(shown(e)['pictures'].z[3:12, :9, :3], pixels[3])    # class 1: after those of class 0
     move(e, folder=())
     assert e.worker.wait()
     assert e.now.finished
@@ -316,7 +316,7 @@ def test_torchvisions_images_go_first(monkeypatch):
     assert len(labels) == 20 and (labels == -1).all() and len(asked) == 1
 
 def test_a_checkpoint_is_asked_for_its_images(tmp_path):
-    "A file of weights alone, through the door; images of another size are refused in words."
+    "A file of weights alone, through the door: it gets what ships for its size, or what is named; others are refused."
     shutil.copy(package_folder()/'data/digits-crt/model.safetensors', tmp_path/'theirs.safetensors')
     coloured_images(tmp_path/'images')
     e = SmoothExplorer(**N)
@@ -325,7 +325,10 @@ def test_a_checkpoint_is_asked_for_its_images(tmp_path):
     assert not door.value
     assert [box.description for box in door.questions.children[1:4]] == ['images', 'network', 'normalised']
     door.answer.click()
-    assert 'images: to be filled in' in door.message.value
+    assert e.values['model'].name == 'my theirs.safetensors'
+    check_smooth(e, folder='data/digits-crt')                                      # the digits: by its size
+    door.leaving.children[0].click()
+    door.typed.value = str(tmp_path/'theirs.safetensors')
     door.fields['dataset'].value = f'folder:{tmp_path}/images'
     door.answer.click()
     assert e.worker.wait() and complains(e, 'are [3, 9, 9], the network takes [1, 8, 8]')

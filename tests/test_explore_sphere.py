@@ -126,7 +126,7 @@ def check_gradients(e, s):
         np.testing.assert_allclose(t[name].x, np.minimum(frame.p_a * 100 // 10, 9) / 10 + shift, err_msg=name)
     easy = after.grad_norm[after.p_a > .5].mean()
     hard = after.grad_norm[after.p_a < .5].mean()
-    assert f'<b>{easy / hard:.2f}</b> after' in e.words.value
+    assert f'then <b>{easy / hard:.2f}</b>.' in e.words.value
 
 def check(e, **moved):
     "Every panel and the words against the attack."
@@ -200,7 +200,7 @@ def test_real_images(here, monkeypatch):
     before, after = attacked(model, images, labels, 19, .25, **how)
     mean = shown(e)['mean confidence']
     np.testing.assert_allclose([mean.y[0], mean.y[-1]], [before.confidence.mean(), after.confidence.mean()], atol=1e-4)
-    shape = np.asarray(shown(e)['pictures'].z)[:, :32].transpose(2, 0, 1) / 255
+    shape = np.asarray(shown(e)['pictures'].z)[:, :32, :3].transpose(2, 0, 1) / 255
     np.testing.assert_allclose(shape, images[19], atol=.51 / 255)
     name = CIFAR10[labels[19]] if here else f'taken for {CIFAR10[labels[19]]}'
     assert f'<b>Image 19, {name}</b> (CIFAR-10, Gaussian)' in e.words.value

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GRID', 'ALPHA', 'BUDGETS', 'LADDER', 'COARSE', 'NETWORK', 'VOTE', 'ROOM', 'NOBODY', 'QUIET', 'UNKNOWN', 'PROVED',
-           'HOVER', 'LOOKS', 'TITLES', 'OPEN', 'ONE', 'ALL', 'LEGEND', 'ALL_LEGEND', 'PHOTOGRAPH', 'opened',
-           'picture_of_ink', 'Paper', 'Tried', 'attack_at', 'Siege', 'next_budget', 'besiege', 'attacked', 'standing',
-           'called', 'wall_in_words', 'budget_in_words', 'breaks_in_words', 'siege_in_words', 'run_in_words',
-           'labels_of', 'magnified', 'picture_traces', 'curve_traces', 'run_traces', 'marks', 'attack_traces',
-           'attack_figure', 'attack_axes', 'opening', 'tips_of', 'AttackExplorer', 'place_of']
+           'HOVER', 'LOOKS', 'TITLES', 'OPEN', 'ONE', 'ALL', 'LEGEND', 'ALL_LEGEND', 'PHOTOGRAPH', 'picture_of_ink',
+           'Paper', 'Tried', 'attack_at', 'Siege', 'next_budget', 'besiege', 'attacked', 'standing', 'called',
+           'wall_in_words', 'budget_in_words', 'breaks_in_words', 'siege_in_words', 'run_in_words', 'labels_of',
+           'magnified', 'picture_traces', 'curve_traces', 'run_traces', 'marks', 'attack_traces', 'attack_figure',
+           'attack_axes', 'opening', 'tips_of', 'AttackExplorer', 'place_of']
 
 # %% ../../nbs/explore/how/attack.ipynb #df6551d3
 from dataclasses import dataclass, field, replace
@@ -28,27 +28,17 @@ from traitlets import CBytes
 # %% ../../nbs/explore/how/attack.ipynb #7cf458c1
 from ..attacks import pgd_perturbation
 from ..certify import ABSTAIN, Settings, count_votes, top_class
-from ..checkpoint import load as load_checkpoint
 from ..common import document, locate
 from ..data import CRAFTING, image_keys, read_picture
-from .core import BLUE, EMPTY, GREY, ORANGE, PURPLE, SHADE, Explorer, Tip
+from .core import BLUE, EMPTY, GREY, ORANGE, PURPLE, SHADE, Tip
 from .core import add_traces, dashed, line, log_slider, panels, text
 from .radius import down
-from .smooth import IMAGE, Watched, class_names, mosaic, networks, pictures_for, trained, watch
+from .door import Network
+from .smooth import IMAGE, PICTURES, NetworkPage, Watched, class_names, mosaic, networks, trained, watch
 from ..log import read_log
 from ..models import device_of
 from ..noise import PREDICTION, gaussian_noise
 from ..plots import apart, common_look
-
-# %% ../../nbs/explore/how/attack.ipynb #ebd007b8
-def opened(
-    place,    # folder of a run, or a checkpoint
-)->tuple:     # network, images [N, C, H, W], labels [N]
-    "A network, and what it can be shown."
-    path = locate(place)
-    if path.is_dir(): return trained(path)
-    model = load_checkpoint(path).to('cuda' if torch.cuda.is_available() else 'cpu')
-    return model, *pictures_for(model.metadata)
 
 # %% ../../nbs/explore/how/attack.ipynb #cfdc9e25
 GRID = 112       # points along a side of the paper: a multiple of 8 and of 28
@@ -216,7 +206,7 @@ def next_budget(
 
 # %% ../../nbs/explore/how/attack.ipynb #fdd28c2f
 def besiege(
-    model, images, labels,  # as `opened` gives them; one image is enough
+    model, images, labels,  # as `trained` gives them; one image is enough
     image:int,              # which one
     name:str,               # of the picture
     sigma:float,            # noise level
@@ -442,7 +432,7 @@ UNKNOWN = 'rgba(120,120,120,.14)'
 PROVED = 'rgba(0,114,178,.13)'
 HOVER = dict(hovertemplate='proved to %{x:.2f}, changed at about %{y:.1f}<extra>image %{customdata}</extra>')
 LOOKS = {  # what the traces above show -> panel, look
-    'pictures': (1, 1, dict(type='image') | QUIET),
+    'pictures': (1, 1, PICTURES),
     'names': (1, 1, text('black', 'top center')),
     'names changed': (1, 1, text(PURPLE, 'top center')),
     'wall': (1, 2, SHADE | dict(fillcolor=PROVED)),
@@ -509,7 +499,7 @@ def attack_axes(s:Siege)->dict:
 @lru_cache
 def opening()->Siege:
     "A digit whose network gives way before the wall does."
-    *_, s = besiege(*opened(networks()[0][1]), IMAGE, f'image {IMAGE}', **OPEN, wanted=lambda: 6)
+    *_, s = besiege(*trained(networks()[0][1]), IMAGE, f'image {IMAGE}', **OPEN, wanted=lambda: 6)
     return s
 
 OPEN = dict(sigma=.25, steps=20, num_noise=8, n=10_000)
@@ -531,7 +521,7 @@ def tips_of(
 )->list:           # of `Tip`, as far as their networks are there
     "What to look for."
     def tip(title, words, eps, view=ONE, network='digits-gaussian, σ = 0.25', **more):
-        sets = OPEN | dict(folder='', model=folders.get(network), image=IMAGE, eps=eps) | more
+        sets = OPEN | dict(model=folders.get(network), image=IMAGE, eps=eps) | more
         return Tip(title, words, sets, view)
     tips = [
         tip('it gives way',
@@ -561,23 +551,21 @@ def tips_of(
     return [tip for tip in tips if tip.sets['model']]
 
 # %% ../../nbs/explore/how/attack.ipynb #3c7a0cb1
-class AttackExplorer(Explorer):
+class AttackExplorer(NetworkPage):
     "A picture under attack: its network, and its vote behind a wall."
     views = {ONE: [(1, 1), (1, 2)], ALL: [(2, 1), (2, 2)]}
     lines = 4
     height = 355
 
     def __init__(self,
-        run=None,     # folder of a run, or a checkpoint; one of ours unless given
-        **start,      # values of the controls
+        folder=(),   # networks of one's own: run folders and checkpoints, as `guests` takes them
+        **start,     # values of the controls
     ):
-        runs = networks()
-        folder = '' if run is None else str(run)
-        start = OPEN | dict(eps=.3, image=IMAGE, model=runs[0][1] if runs else None, folder=folder) | start
-        self.tips = tips_of(dict(runs))
+        door = self.open_door(folder)
+        start = OPEN | dict(eps=.3, image=IMAGE, model=self.first) | start
+        self.tips = tips_of(dict(self.ours))
         self.own = None            # (name, (channels, side) -> picture) of what was drawn or uploaded
-        self.opened = {}           # place -> what `opened` opened there
-        self.read = {}             # place -> what `attacked` read there
+        self.read = {}             # network -> what `attacked` read in its folder
         self.before = (0, 0)       # attacks inside walls on earlier pictures, and how many of them changed the vote
         self.running = self.asked(start)                                 # the page opens with a finished siege
         *_, self.now = self.siege(self.running, lambda: place_of(start['eps']))
@@ -589,12 +577,11 @@ class AttackExplorer(Explorer):
             eps=W.FloatSlider(start['eps'], min=0, max=BUDGETS[-1], step=.05, description='budget ε'),
             image=W.IntSlider(self.now.look.image, min=0, max=self.now.look.size - 1, description='image'),
             sigma=W.FloatSlider(start['sigma'], min=.05, max=1, step=.01, description='noise σ'),
-            model=W.Dropdown(options=runs, value=start['model'], description='network'),
+            model=W.Dropdown(options=self.offered, value=start['model'], description='network'),
             steps=W.IntSlider(start['steps'], min=1, max=50, description='steps T'),
-            folder=W.Text(start['folder'], placeholder='run folder or checkpoint of your own', continuous_update=False,
-                          description='or'),
             num_noise=W.IntSlider(start['num_noise'], min=1, max=64, description='its noises'),
-            n=log_slider('samples N', start['n'], 2, 5, step=.25, readout=',.0f')), columns=2)
+            n=log_slider('samples N', start['n'], 2, 5, step=.25, readout=',.0f'),
+            folder=door), columns=2, below=[door.panel])
         self.paper.observe(self.drawn_on, 'ink')
         self.upload.observe(self.uploaded, 'value')
         self.clear.on_click(self.cleared)
@@ -611,15 +598,15 @@ class AttackExplorer(Explorer):
 
     # what is asked for, and the work that it takes
 
-    def asked(self, values): return {name: v for name, v in values.items() if name != 'eps'} | dict(own=self.own)
+    def asked(self, values):
+        "What a siege depends on."
+        return {name: v for name, v in values.items() if name not in ('eps', 'folder')} | dict(own=self.own)
 
     def wanted(self): return place_of(self.controls['eps'].value)
 
     def siege(self, asked, wanted, known=None):
         "The looks at a siege with these values of the controls."
-        place = asked['folder'] or asked['model']
-        if place not in self.opened: self.opened = {place: opened(place)}
-        model, images, labels = self.opened[place]
+        model, images, labels = self.open(asked['model'])
         image = min(asked['image'], len(images) - 1)
         name = f'image {image}'
         if asked['own']:
@@ -627,7 +614,7 @@ class AttackExplorer(Explorer):
             images = make(model.metadata['in_channels'], model.metadata['image_size'])[None]
             labels = torch.tensor([-1])
             image = 0
-        if not len(images): raise ValueError(f"no pictures for {place} are at hand: draw one, or upload one")
+        if not len(images): raise ValueError("no images of its size are at hand: draw a picture, or upload one")
         yield from besiege(model, images, labels, image, name, asked['sigma'], asked['steps'], asked['num_noise'],
                            round(asked['n']), wanted, known)
 
@@ -642,6 +629,7 @@ class AttackExplorer(Explorer):
 
     def update(self, _=None):
         "Begin a siege, or go on with one."
+        self.receive()
         asked = self.asked(self.values)
         if asked != self.running: self.begin(asked)
         else: self.redraw()
@@ -656,7 +644,6 @@ class AttackExplorer(Explorer):
         self.running = asked
         self.now = None
         self.worker.thread = None
-        self.controls['model'].disabled = bool(asked['folder'])              # the text goes first
         self.say('Opening …')
 
     def show(self, now):
@@ -701,8 +688,8 @@ class AttackExplorer(Explorer):
     # what is shown
 
     def load(self):
-        place = self.running['folder'] or self.running['model']
-        if place not in self.read: self.read = {place: attacked(place)}
+        model = self.running['model']
+        if model not in self.read: self.read = {model: attacked(model.path if isinstance(model, Network) else model)}
         [self.rows] = self.read.values()
 
     def figure(self): return attack_figure(self.now, self.wanted(), self.rows)

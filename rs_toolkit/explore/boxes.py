@@ -508,8 +508,7 @@ class BoxesExplorer(Explorer):
             sigma=W.FloatSlider(s.sigma, min=low, max=high, step=.005, readout_format='.3f', description='noise σ'),
             x=W.FloatSlider(s.x, min=0, max=1, step=.01, description='pixel 1'),
             y=W.FloatSlider(s.y, min=0, max=1, step=.01, description='pixel 2')), columns=4)
-        for trace in self.fig.data:
-            if trace.type == 'heatmap': trace.on_click(self.go_to)
+        self.grip((1, 1), (1, 2))
 
     @property
     def comparison(self): return Comparison(**self.values)
@@ -530,10 +529,11 @@ class BoxesExplorer(Explorer):
         more = {'layer by layer': LAYER_LEGEND, 'all networks': SHARE_LEGEND}
         return LEGEND + more.get(self.toggle.value, [])
 
-    def go_to(self, trace, points, state):
-        "Called for both maps when a cell of one of them is clicked: `points` is empty for the other."
-        for name, at in zip('xy', [points.xs, points.ys]):
-            if at: self.controls[name].value = at[0]
+    def clicked(self, name, x, y):
+        "A place on either map."
+        if 'map' not in name: return
+        self.controls['x'].value = x
+        self.controls['y'].value = y
 
 # %% ../../nbs/explore/how/boxes.ipynb #129fa3b4
 document(__name__)

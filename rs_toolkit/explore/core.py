@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'MARKS', 'ASIDE', 'GROUPS', 'EMPTY', 'HIDDEN', 'EVERY',
-           'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots', 'middles', 'add_traces', 'key_to',
-           'places', 'axes_of', 'has_lines', 'panels', 'arrangement', 'as_made', 'Shipped', 'shipped_runs', 'Votes',
-           'Worker', 'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'moves', 'Manners', 'Toggles', 'Tip',
-           'Explorer']
+           'CLEAR', 'GRIP', 'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots', 'middles',
+           'add_traces', 'key_to', 'places', 'axes_of', 'has_lines', 'panels', 'arrangement', 'as_made', 'Shipped',
+           'shipped_runs', 'Votes', 'Worker', 'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'moves',
+           'Manners', 'Toggles', 'Tip', 'Explorer']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
 import json
@@ -122,8 +122,10 @@ def key_to(
     entries,  # of (mark, a key of `MARKS`; colour; words)
 )->str:       # HTML
     "What lines and marks mean."
-    return '&ensp; '.join(f'<span class="rs-mark" aria-hidden="true" style="color:{color}">{MARKS[mark]}</span> {words}'
-                          for mark, color, words in entries)
+    def drawn(mark, color):
+        return f'<span class="rs-mark" aria-hidden="true" style="color:{color}">{MARKS[mark]}</span>'
+    together = 'style="display:inline-block"'                # no mark at the end of a line, and its words on the next
+    return '&ensp; '.join(f'<span {together}>{drawn(mark, color)} {words}</span>' for mark, color, words in entries)
 
 # %% ../../nbs/explore/00_core.ipynb #24ad9c46
 def places(fig:go.Figure)->list:
@@ -421,6 +423,11 @@ class Tip:
 EVERY = 'all'               # the view that has all panels
 
 # %% ../../nbs/explore/00_core.ipynb #072e6673
+CLEAR = 'rgba(0,0,0,0)'
+# what a mouse takes hold of is the line, eight pixels around; a circle of more than ten would be resized at its edge
+GRIP = dict(type='circle', xsizemode='pixel', ysizemode='pixel', x0=-4, x1=4, y0=-4, y1=4,
+            line=dict(width=8, color=CLEAR))
+
 class Explorer:
     "Controls, words and one figure. A subclass says what the controls load, and what the figure then shows."
     views = {}       # name -> its panels, (row, column) of each, the first one shown at first; without any, all are
@@ -437,9 +444,10 @@ class Explorer:
     ):
         self.controls = controls
         self.filling = False                    # whether the explorer itself is moving a control
+        self.grips = 0                          # points that can be dragged
         self.worker = Worker()
         self.load()
-        figure = self.figure().update_layout(paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)')
+        figure = self.figure().update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR)
         self.toggle = W.ToggleButtons(options=[*self.views, EVERY] if self.views else [EVERY])
         self.arrangements = self.arrange(figure)
         self.places = self.places_of(figure)
@@ -476,7 +484,7 @@ class Explorer:
         save = W.Button(icon='download', tooltip=words, layout=dict(width='40px'))
         save.add_class('rs-save')
         save.on_click(self.save)
-        right = W.HBox([*[self.toggle][:len(self.views)], save])
+        right = W.HBox([*[self.toggle][:len(self.views)], save], layout=dict(flex='0 0 auto'))
         key = W.HBox([self.key, right], layout=dict(justify_content='space-between'))
         tips = W.HBox([W.HTML('Look for'), *self.tip_buttons])
         tips.add_class('rs-tips')
@@ -534,6 +542,30 @@ class Explorer:
         try: self.clicked(trace.name, points.xs[0], points.ys[0])
         except (ValueError, OSError) as error: self.complain(error)
 
+    def grip(self,
+        *panels,  # (row, column) of each
+    ):
+        "Let the point at the controls x and y be dragged in some panels."
+        self.grips = len(panels)
+        for row, column in panels: self.fig.add_shape(GRIP, row=row, col=column)
+        self.fig._config = self.fig._config | dict(edits=dict(shapePosition=True))
+        self.fig.plotly_relayout(self.grips_at)
+        self.fig.layout.on_change(self.dragged, 'shapes')
+
+    @property
+    def grips_at(self):
+        "The layout that brings the grips to their point."
+        return {f'shapes[{i}].{axis}anchor': self.values[axis] for i in range(self.grips) for axis in 'xy'}
+
+    def dragged(self, _, shapes):
+        "Called when a grip was dropped, and whenever the grips were brought to their point."
+        places = [(shape.xanchor, shape.yanchor) for shape in shapes[:self.grips]]
+        elsewhere = [place for place in places if place != (self.values['x'], self.values['y'])]
+        for place in elsewhere:
+            self.placed = {key: value for key, value in self.placed.items() if key not in self.grips_at}
+            for axis, at in zip('xy', place): self.put(self.controls[axis], round(at, 2))
+            self.update()
+
     def button_of(self, tip):
         "The button that takes a tip."
         button = W.Button(description=tip.title, tooltip='sets the controls that it speaks of')
@@ -590,7 +622,7 @@ class Explorer:
             try:
                 self.load()
                 traces, self.told, layout = self.picture()
-                self.draw(*self.in_sight(traces, layout))
+                self.draw(*self.in_sight(traces, layout | self.grips_at))
             except Exception as error:           # JupyterLab would hide it in a log
                 self.complain(error)
                 if isinstance(error, ValueError): return

@@ -25,12 +25,12 @@ from .core import Votes, alert
 FACTS = {  # what a file may leave out -> (how it is written, what it says in an empty field)
     'sigma': ('noise σ', 'often 0.25'), 'n0': ('n0', 'often 100'), 'n': ('samples N', 'often 100,000'),
     'alpha': ('failure α', 'often 0.001'), 'split': ('split', ''),
-    'dataset': ('images', 'cifar10, folder:PATH ...'), 'arch': ('network', 'as the file says'),
+    'dataset': ('images', 'by size, or folder:PATH'), 'arch': ('network', 'as the file says'),
     'normalization': ('normalised', '')}
 OF_LOGS = ('sigma', 'n0', 'n', 'alpha', 'split')
 OF_NETWORKS = ('dataset', 'arch', 'normalization')
 CHOICES = dict(split=['', 'test', 'train'], normalization=['', 'standard', 'center', 'none'])
-OPTIONAL = ('arch', 'normalization')          # empty: as the file says
+OPTIONAL = OF_NETWORKS          # empty: what ships for the network's size; as the file says
 
 @lru_cache(64)
 def _opened(path, facts, changed): return Votes(open_log(path, **dict(facts)))
@@ -167,7 +167,7 @@ def told(fields):
     empty = [FACTS[fact][0] for fact, value in values.items() if not value and fact not in OPTIONAL]
     if empty: raise ValueError(f"{', '.join(empty)}: to be filled in, as it was when the file was made")
     def read(fact, value): return value if fact in ('split', *OF_NETWORKS) else float(value.replace(',', ''))
-    try: return tuple((fact, read(fact, value)) for fact, value in values.items() if value)
+    try: return tuple((fact, read(fact, value)) for fact, value in values.items())
     except ValueError: raise ValueError(f"numbers are wanted, got {' '.join(values.values())}") from None
 
 # %% ../../nbs/explore/00_door.ipynb #6ae8d8e0
