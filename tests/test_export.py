@@ -47,11 +47,19 @@ def test_a_slider_moves_without_a_kernel(browser, tmp_path):
     assert [url for url in asked if not url.startswith(('file:', 'blob:', 'data:'))] == []
 
 @pytest.mark.parametrize('name', ['acr', 'methods', 'p_a', 'sequential'])
-def test_other_pages_can_be_saved(tmp_path, name):
+def test_other_pages_can_be_saved(browser, tmp_path, name):
     explorer = explorers()[name]()
-    explorer.travels = {next(key for key, control in explorer.controls.items() if moves(control)): 1}
-    text = explorer.export(tmp_path/f'{name}.html').read_text()
-    assert all(f'{control.description}: ' in text for control in explorer.controls.values() if not moves(control))
+    path = explorer.export(tmp_path/f'{name}.html')
+    still = [control for control in explorer.controls.values() if not moves(control) and control.value != ()]
+    assert all(f'{control.description}: ' in path.read_text() for control in still)
+    assert path.stat().st_size < 4e6
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_selector('body[data-ready]', timeout=120_000)
+    names = page.locator('#sliders label').all_inner_texts()
+    moving = [explorer.controls[key].description for key in explorer.travels] or ['radius']
+    assert len(names) == len(moving)
+    for said, wanted in zip(names, moving): assert said.startswith(wanted)
 
 def test_the_button_says_where_the_page_lies(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

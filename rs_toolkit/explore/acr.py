@@ -336,6 +336,7 @@ class ACRExplorer(Explorer):
     views = {EARNS: [(1, 1), (1, 2)], HIDES: [(2, 1), (2, 2)]}
     lines = 4
     tips = TIPS
+    travels = dict(constant_n=12, dropped=6)
 
     def __init__(self,
         runs=None,  # as `guests` takes them; our own runs unless given

@@ -495,6 +495,7 @@ class BoxesExplorer(Explorer):
     "A network and its proofs, beside the smoothed classifier and its balls."
     views = {name: [*rooms] for name, rooms in ROOMS.items()}
     tips = TIPS
+    travels = dict(eps=10, training=5)
 
     def __init__(self, **start):  # fields of `Comparison`
         s = Comparison(**start)

@@ -681,7 +681,8 @@ class Explorer:
             self.go(before | {name: slider.values[i] for name, slider, i in zip(moving, sliders, place)})
             pictures[place] = seen(self.fig, self.words.value)
         self.go(before)
-        fixed = [said_by(control) for name, control in self.controls.items() if name not in moving]
+        fixed = [said_by(control) for name, control in self.controls.items()
+                 if name not in moving and control.value != ()]                 # a door through which nobody came
         title = getdoc(type(self)).partition('\n')[0]
         write_file(path, html_page(title, sliders, pictures, '; '.join(fixed), self.key.value).encode())
         return Path(path)

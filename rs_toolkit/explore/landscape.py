@@ -402,6 +402,7 @@ class LandscapeExplorer(Explorer):
     "A base classifier, its smoothed version, and the certified balls of some points."
     tips = TIPS
     lines = 4
+    travels = dict(sigma=10, n=4)
 
     def __init__(self, **start):  # fields of `Landscape`
         s = Landscape(**start)

@@ -350,6 +350,7 @@ class PAExplorer(Explorer):
     lines = 3
     height = 350
     tips = TIPS
+    travels = dict(n=7, alpha=4)
 
     def __init__(self,
         own=(),     # runs of one's own, as `guests` takes them

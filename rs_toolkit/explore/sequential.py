@@ -394,6 +394,7 @@ class SequentialExplorer(Explorer):
     "One image, watched by rules that stop at different times, and what peeking would have risked."
     tips = TIPS
     lines = 4
+    travels = dict(p=12, r=5)
 
     def __init__(self,
         runs=None,         # name -> run folder or log with votes; our own runs unless given

@@ -476,6 +476,7 @@ class SmoothExplorer(NetworkPage):
     "Certification of one image, watched while the votes come in."
     views = {'votes': [(1, 1), (1, 2)], 'bound and radius': [(2, 1), (2, 2)]}
     lines = 4
+    travels = dict(sigma=7, image=4)
 
     def __init__(self,
         folder=(),   # networks of one's own: run folders and checkpoints, as `guests` takes them
