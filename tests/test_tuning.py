@@ -73,7 +73,7 @@ def test_the_best_trial_is_run_with_every_seed(tmp_path, monkeypatch):
         if 'tuning' in folder.parts: plain(setting, folder)
         else: asked.append((setting, folder))
     monkeypatch.setattr(tool, 'run', watched)
-    tool.tune_and_run(['gaussian'], tmp_path, 30)
+    tool.tune_and_run(['gaussian'], tmp_path, 30, seeds=5)
     best = tool.settings_of('gaussian', 30)[1]
     assert [setting for setting, _ in asked] == [best | dict(seed=seed) for seed in range(5)]
     assert [folder for _, folder in asked] == [tmp_path/'seeds/gaussian'/str(seed) for seed in range(5)]

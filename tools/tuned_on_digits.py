@@ -1,12 +1,13 @@
 """Tune methods on a fifth of the training digits, then train and certify each with several seeds.
 
-    python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm --epochs 30
-    python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm --epochs 30 --keep
+    python tools/tuned_on_digits.py runs/digits-seeds --epochs 30                            (three hours on one core)
+    python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm --epochs 30   (some methods)
+    python tools/tuned_on_digits.py runs/digits-seeds --epochs 30 --seeds 3 --keep
 
 Every method has the same number of trials, the first of which is its recipe. A trial learns without each fifth training
 image and is judged by the ACR on those; the test images are read by the runs that follow, and only by them. A command
 that was stopped goes on where it was. What it leaves: OUT/tuning/METHOD/TRIAL and OUT/seeds/METHOD/SEED, run folders;
-with --keep also the logs of all seeds, and a table of the trials, in data/digits-seeds.
+with --keep also the logs of all seeds that are finished, and a table of the trials, in data/digits-seeds.
 """
 import argparse
 import ast
@@ -28,7 +29,6 @@ from rs_toolkit.recipe import Task, choose_parts, find_start, find_teacher, keep
 from rs_toolkit.recipe import train_network
 from rs_toolkit.run import open_run, write_json
 
-SEEDS = range(5)
 TUNING = dict(held_out=5, n=1000)          # a trial is certified with fewer samples: it only has to be ranked
 
 # What is tried beside the recipe: a change of the recipe, whose mappings are merged.
@@ -96,20 +96,21 @@ def taught(setting, teacher):
     "CRT learns from a SmoothMix run that saw the same images."
     return setting | dict(teacher=str(teacher)) if setting['method'] == 'crt' else setting
 
-def tune_and_run(keys, out, epochs):
+def tune_and_run(keys, out, epochs, seeds):
     "All trials, then all seeds: one seed of every method before the next."
     best = {key: settings_of(key, epochs)[tune(key, out, epochs)] for key in keys}
-    for seed in SEEDS:
+    for seed in range(seeds):
         for key, setting in best.items():
             teacher = out/'seeds'/'smoothmix'/str(seed)
             run(taught(setting, teacher) | dict(seed=seed), out/'seeds'/key/str(seed))
 
 def keep(keys, out, epochs):
-    "Logs of all seeds, and a row per trial."
+    "Logs of all seeds that are finished, and a row per trial."
     place = ROOT/'data/digits-seeds'
     rows = []
     for key in keys:
-        for seed in SEEDS: pack(out/'seeds'/key/str(seed)/'certify.tsv', place/key/f'{seed}.tsv.gz')
+        for finished in (out/'seeds'/key).glob('*/metrics.json'):
+            pack(finished.with_name('certify.tsv'), place/key/f'{finished.parent.name}.tsv.gz')
         chosen = tune(key, out, epochs)
         for trial, change in enumerate([{}] + TRIALS[key]):
             rows.append(dict(method=key, trial=trial, change=json.dumps(change), epochs=epochs,
@@ -121,9 +122,10 @@ if __name__ == '__main__':
     parser.add_argument('out', type=Path)
     parser.add_argument('methods', nargs='*', default=list(METHODS))
     parser.add_argument('--epochs', type=int, default=100, help='of every run')
+    parser.add_argument('--seeds', type=int, default=5, help='of every method')
     parser.add_argument('--keep', action='store_true', help='logs and trials go into data/digits-seeds')
     given = parser.parse_args()
     for key in given.methods:
         if key not in TRIALS: parser.error(str(unknown('method', key, TRIALS)))
-    tune_and_run(given.methods, given.out.resolve(), given.epochs)
+    tune_and_run(given.methods, given.out.resolve(), given.epochs, given.seeds)
     if given.keep: keep(given.methods, given.out.resolve(), given.epochs)
