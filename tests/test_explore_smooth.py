@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from explorer import clamps, complains, move, shown
+from forked import until
 from rs_toolkit.bounds import certified_radius, lower_bound, max_radius
 from rs_toolkit.certify import certify
 from rs_toolkit.checkpoint import load as load_checkpoint, save
@@ -30,11 +31,10 @@ N = dict(n=1000)                                       # enough to see, and quic
 
 def reached(explorer, condition, seconds=30):
     "Wait until the run in the background has got there."
-    until = time.monotonic() + seconds
-    while not condition():
+    def there():
         assert 'alert' not in explorer.words.value, explorer.words.value
-        assert time.monotonic() < until, explorer.words.value
-        time.sleep(.005)
+        return condition()
+    until(there, seconds)
 
 def on_device(model): return model.to('cuda' if torch.cuda.is_available() else 'cpu')
 
@@ -208,10 +208,7 @@ def test_fifty_restarts_end_in_one_run():
     assert e.seed == 50
     assert statistics.median(slow) < .1                                           # a press never waits for the network
     check_smooth(e, sigma=.35)
-    until = time.monotonic() + 20
-    while threading.active_count() > threads:
-        assert time.monotonic() < until, 'threads are left'
-        time.sleep(.02)
+    until(lambda: threading.active_count() <= threads, 20)
 
 # --- what goes wrong ---
 

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from forked import until
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ['data/README.md', 'data/digits-gaussian/model.safetensors', 'data/published/sodm_table1.csv',
@@ -104,9 +105,7 @@ def test_ctrl_c_says_how_to_go_on(site, env, tmp_path):
     env = {name: value for name, value in env.items() if name != 'JUPYTER_PATH'}          # a kernel as everybody has it
     with open(tmp_path/'words', 'w') as words:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=words, stderr=words, start_new_session=True)
-        end = time.monotonic() + 120
-        while not (tmp_path/'long/resume/state.pt').exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(.05)
+        until(lambda: (tmp_path/'long/resume/state.pt').exists() or process.poll() is not None)
         os.killpg(process.pid, signal.SIGINT)                          # as a terminal does: the kernel gets it, too
         status = process.wait(timeout=60)
     told = (tmp_path/'words').read_text()
@@ -117,15 +116,12 @@ def test_lab_fills_a_folder_and_opens_jupyterlab_there(site, env, tmp_path):
     command = [site/'bin/rs-toolkit', 'lab', 'mine', '--no-browser', '--allow-root', '--ServerApp.port=0']
     with open(tmp_path/'words', 'w') as words:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=words, stderr=words)
-        end = time.monotonic() + 60
-        opened = None
-        while not opened and process.poll() is None and time.monotonic() < end:
-            time.sleep(.2)
-            opened = re.search(r'http://\S+/lab/tree/nbs/index.ipynb\?token', (tmp_path/'words').read_text())
+        address = re.compile(r'http://\S+/lab/tree/nbs/index.ipynb\?token')
+        until(lambda: address.search((tmp_path/'words').read_text()) or process.poll() is not None, 60)
         process.terminate()
         process.wait(timeout=30)
     told = (tmp_path/'words').read_text()
-    assert opened, told[-2000:]
+    assert address.search(told), told[-2000:]
     assert 'files new' in told
     assert f'Serving notebooks from local directory: {tmp_path}/mine' in told
     code = 'from rs_toolkit.common import project_folder; print(project_folder())'

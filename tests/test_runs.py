@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from forked import until
 from rs_toolkit import run
 from rs_toolkit.certify import certify_dataset
 from rs_toolkit.checkpoint import load, save
@@ -215,8 +215,7 @@ def start(words):
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 def wait_for(ready, process, seconds=240):
-    end = time.monotonic() + seconds
-    while not ready() and process.poll() is None and time.monotonic() < end: time.sleep(.02)
+    until(lambda: ready() or process.poll() is not None, seconds)
     assert ready() and process.poll() is None, 'the run should be under way'
 
 def stop(process, who, number):

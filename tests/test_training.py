@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import trainer
-from forked import SERVER
+from forked import SERVER, until
 from rs_toolkit.attacks import smoothed_pgd
 from rs_toolkit.curriculum import EasyData
 from rs_toolkit.data import load
@@ -74,8 +74,7 @@ def test_two_processes_train_what_one_does(undisturbed, shared, name):
 
 def wait_for(path, process, seconds=120):
     "Until the file is there, or the process has ended."
-    end = time.monotonic() + seconds
-    while not path.exists() and process.is_alive() and time.monotonic() < end: time.sleep(.002)
+    until(lambda: path.exists() or not process.is_alive(), seconds)
 
 def test_every_method_survives_being_killed(undisturbed, tmp_path):
     hit = []                                                              # killed while they trained

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from forked import SERVER
+from forked import SERVER, until
 from rs_toolkit import metrics, tables
 from rs_toolkit.common import data_folder
 from rs_toolkit.data import load
@@ -103,9 +103,8 @@ def test_a_killed_run_goes_on(tmp_path, call):
     prove(tmp_path/'whole', call)
     process = SERVER.Process(target=prove, args=(tmp_path/'killed', call, .1))
     process.start()
-    end = time.monotonic() + 120
     def lines(): return (tmp_path/'killed').read_text().count('\n') if (tmp_path/'killed').exists() else 0
-    while lines() < 8 and process.is_alive() and time.monotonic() < end: time.sleep(.01)
+    until(lambda: lines() >= 8 or not process.is_alive())
     process.kill()                                                                   # SIGKILL
     process.join()
     assert 7 <= len(read_log(tmp_path/'killed')) < 24
