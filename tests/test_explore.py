@@ -118,6 +118,24 @@ def test_progress_of_smooth_is_seen_at_once_in_a_browser(server, browser, capsys
          f'(median of {len(times)}; slowest {max(times):.0f})')
     assert SMOOTH.read_bytes() == committed
 
+def test_the_point_is_dragged_in_a_browser(server, browser):
+    with server.notebook(browser, 'nbs/explore/landscape.ipynb') as page:
+        lab.run(page)
+        grip = page.locator('.shapelayer path').first
+        grip.scroll_into_view_if_needed()
+        box = grip.bounding_box()
+        x = box['x'] + box['width'] / 2
+        y = box['y'] + box['height'] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 60, y + 30, steps=5)
+        page.mouse.up()
+        readouts = "[...document.querySelectorAll('.rs-controls .widget-readout')].slice(-2).map(e => e.textContent)"
+        lab.wait(page, f"() => {readouts}.every((value, i) => value !== ['0.28', '0.62'][i])", 'no slider followed', 30)
+        right, up = map(float, page.evaluate(f'() => {readouts}'))
+        lab.check(page)
+    assert right > .28 and up < .62
+
 def test_a_page_that_is_loaded_again_shows_what_it_showed(written, browser):
     server, root = written
     write_notebook(root/'again.ipynb', f'import os; os.chdir({str(ROOT)!r})\n'
