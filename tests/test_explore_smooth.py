@@ -302,6 +302,10 @@ def test_photographs_stand_in_for_images_that_are_not_here(monkeypatch):
     assert name in shown(e)['said chosen'].text
     assert e.fig.layout.xaxis2.ticktext[e.now.now.selected] == name
 
+def test_a_network_of_other_classes_sees_digits_of_no_class():
+    images, labels = smooth.pictures_for(dict(in_channels=1, image_size=8, num_classes=2))
+    assert len(images) == 360 and (labels == -1).all()
+
 def test_torchvisions_images_go_first(monkeypatch):
     monkeypatch.setattr(smooth, 'is_here', lambda dataset: dataset == 'cifar10')
     asked = []

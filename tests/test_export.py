@@ -56,6 +56,7 @@ def test_other_pages_can_be_saved(browser, tmp_path, name):
     page = browser.new_page()
     page.goto(path.as_uri())
     page.wait_for_selector('body[data-ready]', timeout=120_000)
+    assert 'add runs' not in page.inner_text('#fixed')                    # nobody came through that door
     names = page.locator('#sliders label').all_inner_texts()
     moving = [explorer.controls[key].description for key in explorer.travels] or ['radius']
     assert len(names) == len(moving)

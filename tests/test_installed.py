@@ -105,8 +105,8 @@ def test_ctrl_c_says_how_to_go_on(site, env, tmp_path):
     env = {name: value for name, value in env.items() if name != 'JUPYTER_PATH'}          # a kernel as everybody has it
     with open(tmp_path/'words', 'w') as words:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=words, stderr=words, start_new_session=True)
-        until(lambda: (tmp_path/'long/resume/state.pt').exists() or process.poll() is not None)
-        os.killpg(process.pid, signal.SIGINT)                          # as a terminal does: the kernel gets it, too
+        try: until(lambda: (tmp_path/'long/resume/state.pt').exists() or process.poll() is not None)
+        finally: os.killpg(process.pid, signal.SIGINT)                          # as a terminal does: the kernel gets it, too
         status = process.wait(timeout=60)
     told = (tmp_path/'words').read_text()
     assert status != 0
@@ -117,9 +117,10 @@ def test_lab_fills_a_folder_and_opens_jupyterlab_there(site, env, tmp_path):
     with open(tmp_path/'words', 'w') as words:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=words, stderr=words)
         address = re.compile(r'http://\S+/lab/tree/nbs/index.ipynb\?token')
-        until(lambda: address.search((tmp_path/'words').read_text()) or process.poll() is not None, 60)
-        process.terminate()
-        process.wait(timeout=30)
+        try: until(lambda: address.search((tmp_path/'words').read_text()) or process.poll() is not None, 60)
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
     told = (tmp_path/'words').read_text()
     assert address.search(told), told[-2000:]
     assert 'files new' in told

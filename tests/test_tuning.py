@@ -1,8 +1,10 @@
 """Settings are chosen on training images that were held out: the test images are not even read."""
+import gzip
 import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -78,3 +80,18 @@ def test_the_best_trial_is_run_with_every_seed(tmp_path, monkeypatch):
     assert [setting for setting, _ in asked] == [best | dict(seed=seed) for seed in range(5)]
     assert [folder for _, folder in asked] == [tmp_path/'seeds/gaussian'/str(seed) for seed in range(5)]
     assert all('held_out' not in setting and setting['n'] == 10_000 for setting, _ in asked)
+
+def test_what_is_kept_are_the_seeds_that_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, 'ROOT', tmp_path/'project')
+    monkeypatch.setattr(tool, 'settings_of', lambda key, epochs: [dict(method=key)] * 3)
+    for trial in range(3):
+        (tmp_path/f'tuning/gaussian/{trial}').mkdir(parents=True)
+        (tmp_path/f'tuning/gaussian/{trial}/metrics.json').write_text(json.dumps(dict(acr=.3 + trial/10)))
+    for seed in range(4):
+        (tmp_path/f'seeds/gaussian/{seed}').mkdir(parents=True)
+        for name in 'metrics.json', 'certify.tsv': (tmp_path/f'seeds/gaussian/{seed}'/name).write_text(f'{seed}')
+    tool.keep(['gaussian'], tmp_path, 30, 3)
+    kept = tmp_path/'project/data/digits-seeds'
+    assert sorted(path.name for path in (kept/'gaussian').iterdir()) == [f'{seed}.tsv.gz' for seed in range(3)]
+    assert gzip.decompress((kept/'gaussian/2.tsv.gz').read_bytes()) == b'2'
+    assert pd.read_csv(kept/'trials.csv').chosen.tolist() == [False, False, True]

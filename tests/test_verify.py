@@ -104,9 +104,10 @@ def test_a_killed_run_goes_on(tmp_path, call):
     process = SERVER.Process(target=prove, args=(tmp_path/'killed', call, .1))
     process.start()
     def lines(): return (tmp_path/'killed').read_text().count('\n') if (tmp_path/'killed').exists() else 0
-    until(lambda: lines() >= 8 or not process.is_alive())
-    process.kill()                                                                   # SIGKILL
-    process.join()
+    try: until(lambda: lines() >= 8 or not process.is_alive())
+    finally:
+        process.kill()                                                               # SIGKILL
+        process.join()
     assert 7 <= len(read_log(tmp_path/'killed')) < 24
     prove(tmp_path/'killed', call)
     same(read_log(tmp_path/'killed'), read_log(tmp_path/'whole'))

@@ -3,7 +3,7 @@
     python tools/proofs.py digits [SEEDS]         (ten minutes a seed on one core)
     python tools/proofs.py images FOLDER          (makes data/cache/mnist-t10k from the two t10k files in FOLDER)
     python tools/proofs.py mnist [SEEDS]          (half an hour a seed on one core)
-    python tools/proofs.py cifar10 [SEEDS]        (an hour and a half a seed on one core)
+    python tools/proofs.py cifar10 [SEEDS]        (two hours a seed on one core)
     python tools/proofs.py keep                   (logs of what is finished, and one table, into data/proofs)
 
 Runs go into runs/proofs; what is finished there is not made again. SEEDS are numbers: 0 1 2 for digits, 0 1 for the

@@ -7,7 +7,7 @@
 Every method has the same number of trials, the first of which is its recipe. A trial learns without each fifth training
 image and is judged by the ACR on those; the test images are read by the runs that follow, and only by them. A command
 that was stopped goes on where it was. What it leaves: OUT/tuning/METHOD/TRIAL and OUT/seeds/METHOD/SEED, run folders;
-with --keep also the logs of all seeds that are finished, and a table of the trials, in data/digits-seeds.
+with --keep also the logs of all seeds, and a table of the trials, in data/digits-seeds.
 """
 import argparse
 import ast
@@ -104,13 +104,12 @@ def tune_and_run(keys, out, epochs, seeds):
             teacher = out/'seeds'/'smoothmix'/str(seed)
             run(taught(setting, teacher) | dict(seed=seed), out/'seeds'/key/str(seed))
 
-def keep(keys, out, epochs):
-    "Logs of all seeds that are finished, and a row per trial."
+def keep(keys, out, epochs, seeds):
+    "Logs of all seeds, and a row per trial."
     place = ROOT/'data/digits-seeds'
     rows = []
     for key in keys:
-        for finished in (out/'seeds'/key).glob('*/metrics.json'):
-            pack(finished.with_name('certify.tsv'), place/key/f'{finished.parent.name}.tsv.gz')
+        for seed in range(seeds): pack(out/'seeds'/key/str(seed)/'certify.tsv', place/key/f'{seed}.tsv.gz')
         chosen = tune(key, out, epochs)
         for trial, change in enumerate([{}] + TRIALS[key]):
             rows.append(dict(method=key, trial=trial, change=json.dumps(change), epochs=epochs,
@@ -128,4 +127,4 @@ if __name__ == '__main__':
     for key in given.methods:
         if key not in TRIALS: parser.error(str(unknown('method', key, TRIALS)))
     tune_and_run(given.methods, given.out.resolve(), given.epochs, given.seeds)
-    if given.keep: keep(given.methods, given.out.resolve(), given.epochs)
+    if given.keep: keep(given.methods, given.out.resolve(), given.epochs, given.seeds)

@@ -444,7 +444,7 @@ class Explorer:
     ):
         self.controls = controls
         self.filling = False                    # whether the explorer itself is moving a control
-        self.grips = 0                          # points that can be dragged
+        self.grip_count = 0                     # panels in which the point can be dragged
         self.worker = Worker()
         self.load()
         figure = self.figure().update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR)
@@ -546,25 +546,28 @@ class Explorer:
         *panels,  # (row, column) of each
     ):
         "Let the point at the controls x and y be dragged in some panels."
-        self.grips = len(panels)
+        self.grip_count = len(panels)
         for row, column in panels: self.fig.add_shape(GRIP, row=row, col=column)
         self.fig._config = self.fig._config | dict(edits=dict(shapePosition=True))
         self.fig.plotly_relayout(self.grips_at)
+        self.placed = self.placed | self.grips_at
         self.fig.layout.on_change(self.dragged, 'shapes')
 
     @property
     def grips_at(self):
         "The layout that brings the grips to their point."
-        return {f'shapes[{i}].{axis}anchor': self.values[axis] for i in range(self.grips) for axis in 'xy'}
+        return {f'shapes[{i}].{axis}anchor': self.values[axis] for i in range(self.grip_count) for axis in 'xy'}
 
     def dragged(self, _, shapes):
         "Called when a grip was dropped, and whenever the grips were brought to their point."
-        places = [(shape.xanchor, shape.yanchor) for shape in shapes[:self.grips]]
-        elsewhere = [place for place in places if place != (self.values['x'], self.values['y'])]
-        for place in elsewhere:
-            self.placed = {key: value for key, value in self.placed.items() if key not in self.grips_at}
-            for axis, at in zip('xy', place): self.put(self.controls[axis], round(at, 2))
-            self.update()
+        wanted = self.values['x'], self.values['y']
+        left = tuple(self.placed.get(f'shapes[0].{axis}anchor') for axis in 'xy')
+        places = [(shape.xanchor, shape.yanchor) for shape in shapes]
+        moved = [place for place in places if place not in (wanted, left)]
+        if not moved: return
+        self.placed = {key: value for key, value in self.placed.items() if key not in self.grips_at}
+        for axis, at in zip('xy', moved[0]): self.put(self.controls[axis], round(at, 2))
+        self.update()
 
     def button_of(self, tip):
         "The button that takes a tip."
@@ -682,7 +685,7 @@ class Explorer:
             pictures[place] = seen(self.fig, self.words.value)
         self.go(before)
         fixed = [said_by(control) for name, control in self.controls.items()
-                 if name not in moving and control.value != ()]                 # a door through which nobody came
+                 if name not in moving and control.value != ()]      # such as a door through which nobody came
         title = getdoc(type(self)).partition('\n')[0]
         write_file(path, html_page(title, sliders, pictures, '; '.join(fixed), self.key.value).encode())
         return Path(path)

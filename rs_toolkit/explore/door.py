@@ -25,7 +25,7 @@ from .core import Votes, alert
 FACTS = {  # what a file may leave out -> (how it is written, what it says in an empty field)
     'sigma': ('noise σ', 'often 0.25'), 'n0': ('n0', 'often 100'), 'n': ('samples N', 'often 100,000'),
     'alpha': ('failure α', 'often 0.001'), 'split': ('split', ''),
-    'dataset': ('images', 'by size, or folder:PATH'), 'arch': ('network', 'as the file says'),
+    'dataset': ('images', 'cifar10, folder:PATH; by size'), 'arch': ('network', 'as the file says'),
     'normalization': ('normalised', '')}
 OF_LOGS = ('sigma', 'n0', 'n', 'alpha', 'split')
 OF_NETWORKS = ('dataset', 'arch', 'normalization')
@@ -162,7 +162,7 @@ def field(fact):
     return W.Text(placeholder=words, **look)
 
 def told(fields):
-    "(Fact, value) of each field; raises where one is empty or no number."
+    "(Fact, value) of each field; raises where one is no number, or is empty and should not be."
     values = {fact: str(box.value).strip() for fact, box in fields.items()}
     empty = [FACTS[fact][0] for fact, value in values.items() if not value and fact not in OPTIONAL]
     if empty: raise ValueError(f"{', '.join(empty)}: to be filled in, as it was when the file was made")

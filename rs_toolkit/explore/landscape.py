@@ -344,7 +344,7 @@ def landscape_figure(s:Landscape=None)->go.Figure:
     return common_look(fig, height=370, margin=dict(l=60, r=20, t=30, b=50))
 
 # %% ../../nbs/explore/how/landscape.ipynb #9b5ce828
-LEGEND = [('dot', INK, 'the point: drag it'), ('line', INK, 'proven ball, and where the vote ties'),
+LEGEND = [('dot', INK, 'the point'), ('line', INK, 'proven ball, and where the vote ties'),
           ('dash', INK, 'p<sub>A</sub> known'), ('dot', BLUE, 'training'), ('copies', DARK[0], 'noisy copies'),
           ('square', INK, 'unproven'), ('cross', PURPLE, 'proven, but wrong')]
 OPEN = dict(problem='two moons', method='Gaussian', sigma=.1, n=10_000, alpha=.001, x=.28, y=.62, points=())

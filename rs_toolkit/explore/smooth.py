@@ -28,7 +28,7 @@ from ..common import check_samples, check_sigma, document, locate, project_folde
 from ..data import load, photographs
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Tip
 from .core import add_traces, dashed, dot, line, log_slider, panels, shipped_runs, text
-from .door import Door, Network, guests
+from .door import Door, Network
 from .radius import down, probability
 from ..models import device_of
 from ..plots import common_look
@@ -63,7 +63,9 @@ def pictures_for(
         images, labels, _ = photographs()
         return images, labels if known else torch.full_like(labels, -1)
     if dataset: return load(dataset, 'test')                           # which says what is missing
-    if shape == (1, 8, 8): return load('digits', 'test')
+    if shape == (1, 8, 8):
+        images, labels = load('digits', 'test')
+        return images, labels if metadata['num_classes'] == 10 else torch.full_like(labels, -1)
     return torch.empty(0, *shape), torch.empty(0, dtype=torch.int64)
 
 # %% ../../nbs/explore/how/smooth.ipynb #bd675967
@@ -442,9 +444,10 @@ class NetworkPage(Explorer):
     )->Door:
         "The door, before there are controls."
         self.ours = networks()
-        self.brought = guests(folder, Network)    # who was there last
-        self.opened = {}                          # network -> what `trained` opened there
-        return Door(folder, 'add networks', Network)
+        door = Door(folder, 'add networks', Network)
+        self.brought = door.value        # who was there last
+        self.opened = {}                 # network -> what `trained` opened there
+        return door
 
     @property
     def offered(self):
@@ -459,8 +462,9 @@ class NetworkPage(Explorer):
     def open(self, model):
         "Network, images and labels; the last is remembered."
         place, facts = (model.path, dict(model.facts)) if isinstance(model, Network) else (model, {})
-        if model not in self.opened: self.opened = {model: trained(place, **facts)}
-        return self.opened[model]
+        found = self.opened.get(model) or trained(place, **facts)
+        self.opened = {model: found}
+        return found
 
     def receive(self):
         "Offer who is there now; the newest goes first."
@@ -503,7 +507,7 @@ class SmoothExplorer(NetworkPage):
     def sample(self, seed, pace, sigma, image, model, n, alpha, **_):
         "The looks at a run with these values of the controls."
         network, images, labels = self.open(model)
-        if not len(images): raise ValueError("no images of its size are at hand: say which it takes, and add it again")
+        if not len(images): raise ValueError("no images of its size are at hand: take it out, and add it with images")
         yield from watch(network, images, labels, min(image, len(images) - 1), sigma, round(n), alpha, seed, pace)
 
     def figure(self): return smooth_figure(self.now)
