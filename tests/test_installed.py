@@ -106,7 +106,7 @@ def test_ctrl_c_says_how_to_go_on(site, env, tmp_path):
     with open(tmp_path/'words', 'w') as words:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=words, stderr=words, start_new_session=True)
         try: until(lambda: (tmp_path/'long/resume/state.pt').exists() or process.poll() is not None)
-        finally: os.killpg(process.pid, signal.SIGINT)                          # as a terminal does: the kernel gets it, too
+        finally: os.killpg(process.pid, signal.SIGINT)                 # as a terminal does: the kernel gets it, too
         status = process.wait(timeout=60)
     told = (tmp_path/'words').read_text()
     assert status != 0

@@ -34,7 +34,8 @@ from .core import BLUE, EMPTY, GREY, ORANGE, PURPLE, SHADE, Tip
 from .core import add_traces, dashed, line, log_slider, panels, text
 from .radius import down
 from .door import Network
-from .smooth import IMAGE, PICTURES, NetworkPage, Watched, class_names, mosaic, networks, trained, watch
+from .smooth import IMAGE, PICTURES, NetworkPage, Watched
+from .smooth import class_names, mosaic, networks, trained, watch
 from ..log import read_log
 from ..models import device_of
 from ..noise import PREDICTION, gaussian_noise
