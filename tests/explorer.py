@@ -33,3 +33,22 @@ def drop(explorer, grip, x, y):
     explorer.fig._js2py_relayout = dict(relayout_data=places, source_view_id='a view')
 
 def grips(explorer): return [(shape.xanchor, shape.yanchor) for shape in explorer.fig.layout.shapes]
+
+def drag_about(e, panel):
+    "Drag the point of a page within a panel, out of it, and after an echo; both panels follow. It ends at (.9, .52)."
+    drop(e, panel, .4149, .5231)
+    assert (e.controls['x'].value, e.controls['y'].value) == (.41, .52)
+    assert grips(e) == [(.41, .52)] * 2
+    drop(e, panel, -.2, .5231)                                 # outside of the picture: it comes back to its edge
+    assert grips(e) == [(0, .52)] * 2
+    move(e, x=.3)
+    assert grips(e) == [(.3, .52)] * 2
+    e.controls['x'].value = .1 + .2                            # as a browser echoes it: no picture is made
+    drop(e, panel, .9, .52)
+    assert grips(e) == [(.9, .52)] * 2
+
+def click(trace, x, y):
+    "On a cell of a heatmap: what the browser sends."
+    keys = dict.fromkeys(['alt', 'ctrl', 'meta', 'shift'], False)
+    points = dict(trace_indexes=[trace], point_indexes=[[20, 20]], xs=[x], ys=[y])
+    return dict(event_type='plotly_click', selector=None, device_state=dict(keys, button=0, buttons=1), points=points)

@@ -71,6 +71,7 @@ def test_every_control_starts_a_siege(e, control):
     if control == 'image': check_siege(e, image=2)
     if control == 'sigma': check_siege(e, sigma=.4)
     if control in ('model', 'folder'): check_siege(e, folder='data/digits-crt')
+    if control == 'folder': assert e.values['model'] == value[0]
     if control in ('steps', 'num_noise'): assert getattr(e.now, control) == value
     if control == 'n': assert e.now.certificate.n == 3163
 
@@ -229,7 +230,7 @@ def test_a_network_without_pictures_waits_for_one(e, tmp_path):
     file = save(tmp_path, build('small_cnn', **shape), arch='small_cnn', **shape, mean=None, std=None)
     move(e, folder=guests(file, Network))
     assert e.worker.wait()
-    assert complains(e, 'or upload one')
+    assert complains(e, 'draw a picture, or upload one')
     upload(e, 'any.png', png((40, 40)))
     assert done(e).look.pictures.shape[1:] == (3, 9, 9)
 

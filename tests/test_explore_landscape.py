@@ -10,7 +10,7 @@ import torch
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta
 
-from explorer import clamps, complains, drop, grips, move, shown
+from explorer import clamps, click, complains, drag_about, move, shown
 from rs_toolkit.explore import landscape
 from rs_toolkit.explore.core import middles
 from rs_toolkit.explore.landscape import OWN, SCENES, Landscape, LandscapeExplorer
@@ -184,23 +184,9 @@ def test_corners(sigma, n):
 @pytest.mark.parametrize('panel', [0, 1])
 def test_the_point_can_be_dragged(panel):
     e = LandscapeExplorer()
-    drop(e, panel, .4149, .5231)
-    assert (e.controls['x'].value, e.controls['y'].value) == (.41, .52)
-    assert grips(e) == [(.41, .52)] * 2
-    drop(e, panel, -.2, .5231)                                 # outside of the picture: it comes back to its edge
-    assert grips(e) == [(0, .52)] * 2
-    move(e, x=.3)
-    assert grips(e) == [(.3, .52)] * 2
-    e.controls['x'].value = .1 + .2                            # as a browser echoes it: no picture is made
-    drop(e, panel, .9, .52)
-    assert grips(e) == [(.9, .52)] * 2
+    drag_about(e, panel)
+    assert (e.controls['x'].value, e.controls['y'].value) == (.9, .52)
     check(e, x=.9, y=.52)
-
-def click(trace, x, y):
-    "What the browser sends."
-    keys = dict.fromkeys(['alt', 'ctrl', 'meta', 'shift'], False)
-    points = dict(trace_indexes=[trace], point_indexes=[[70, 40]], xs=[x], ys=[y])
-    return dict(event_type='plotly_click', selector=None, device_state=dict(keys, button=0, buttons=1), points=points)
 
 @pytest.mark.parametrize('panel', [0, 1])
 def test_a_click_moves_the_point(panel):

@@ -532,9 +532,7 @@ class BoxesExplorer(Explorer):
 
     def clicked(self, name, x, y):
         "A place on either map."
-        if 'map' not in name: return
-        self.controls['x'].value = x
-        self.controls['y'].value = y
+        if 'map' in name: self.bring_point(x, y)
 
 # %% ../../nbs/explore/how/boxes.ipynb #129fa3b4
 document(__name__)

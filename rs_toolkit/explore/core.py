@@ -566,7 +566,12 @@ class Explorer:
         moved = [place for place in places if place not in (wanted, left)]
         if not moved: return
         self.placed = {key: value for key, value in self.placed.items() if key not in self.grips_at}
-        for axis, at in zip('xy', moved[0]): self.put(self.controls[axis], round(at, 2))
+        self.bring_point(*(round(at, 2) for at in moved[0]))
+
+    def bring_point(self, x, y):
+        "Move both sliders of the point, which is one picture."
+        self.put(self.controls['x'], x)
+        self.put(self.controls['y'], y)
         self.update()
 
     def button_of(self, tip):

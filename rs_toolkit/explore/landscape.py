@@ -443,9 +443,7 @@ class LandscapeExplorer(Explorer):
         "A cell of either panel."
         clicks = self.controls['points']
         way = clicks.way.value
-        if way == MOVES:
-            self.controls['x'].value = x
-            self.controls['y'].value = y
+        if way == MOVES: self.bring_point(x, y)
         elif way == REMOVES: clicks.remove(x, y)
         elif self.values['problem'] == 'half-space':
             raise ValueError('nobody trains the half-space: choose another problem')
