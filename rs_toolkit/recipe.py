@@ -287,10 +287,13 @@ def find_start(
     config:dict,  # every parameter of the run; `start`: a run folder, or '' for random weights
     task:Task,
 ):                # network; None for random weights
-    "The network that training goes on from; one of another make is refused."
+    "The network that training goes on from, by whose constants the task normalises; one of another make is refused."
     if config['start'] == '': return None
-    return _opened(config['start'], 'start and network', arch=config['arch'], arch_args=config['arch_args'],
-                   **task.shape, mean=task.mean, std=task.std)
+    start = _opened(config['start'], 'start and network', arch=config['arch'], arch_args=config['arch_args'],
+                    normalization=config['normalization'], **task.shape)
+    task.mean = start.metadata['mean']
+    task.std = start.metadata['std']
+    return start
 
 def _opened(path, who, **wanted):
     "A checkpoint that agrees with what is wanted, as far as it says."

@@ -10,7 +10,9 @@ import yaml
 from papermill.translators import PythonTranslator
 
 from rs_toolkit.attacks import ATTACKS
-from rs_toolkit.recipe import CHECKS, Task, choose_parts, find_teacher
+from rs_toolkit.checkpoint import save
+from rs_toolkit.models import build
+from rs_toolkit.recipe import CHECKS, Task, choose_parts, find_start, find_teacher
 from rs_toolkit.run import parameters
 from rs_toolkit.train import check_run
 
@@ -386,3 +388,19 @@ def test_a_teacher_is_another_recipe_at_the_same_noise():
     for student in students:
         teacher = runs[student['teacher']]
         for key in 'dataset', 'sigma', 'normalization': assert teacher[key] == student[key], (student['out'], key)
+
+def test_a_network_that_training_goes_on_from_keeps_its_own_normalisation(tmp_path):
+    constants = dict(mean=[.2], std=[.4])
+    begun = build('mlp', 10, 1, 8, **constants)
+    save(tmp_path, begun, arch='mlp', num_classes=10, in_channels=1, image_size=8, normalization='center', **constants)
+    config = dict(start=str(tmp_path), arch='mlp', arch_args={}, normalization='center')
+    task = Task('digits', normalization='center')
+    assert task.mean != [.2]
+    start = find_start(config, task)
+    ours = task.network('mlp', {})
+    ours.load_state_dict(start.state_dict())
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.equal(ours.eval()(x), begun.eval()(x))
+
+    with pytest.raises(ValueError, match='start and network must agree: normalization is center'):
+        find_start(config | dict(normalization='standard'), Task('digits'))
