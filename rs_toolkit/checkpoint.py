@@ -309,7 +309,8 @@ def _claimed(path, dataset, normalization):
     if normalization is None or (normalization != 'none' and dataset is None):
         raise ValueError(f"{path} does not hold its normalisation, and a wrong one gives nonsense without an error: "
                          f"pass dataset= ({', '.join(STATISTICS)}, mnist) and normalization= "
-                         "(standard: mean and std; center: mean only; none)")
+                         "(standard: mean and std; center: mean only; none); on a page of the laboratory, "
+                         "fill in the fields constants and normalised")
     known = [*STATISTICS, *GREYSCALE]
     if normalization != 'none' and dataset not in known:
         raise ValueError(f"{unknown('data set', dataset, known)}: dataset= says by whose constants the network "

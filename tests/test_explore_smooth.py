@@ -20,7 +20,7 @@ from rs_toolkit.bounds import certified_radius, lower_bound, max_radius
 from rs_toolkit.certify import certify
 from rs_toolkit.checkpoint import load as load_checkpoint, save
 from rs_toolkit.common import package_folder
-from rs_toolkit.data import load
+from rs_toolkit.data import load, statistics as statistics_of
 from rs_toolkit.explore import smooth
 from rs_toolkit.explore.door import Network, guests
 from rs_toolkit.explore.smooth import SmoothExplorer, trained, watch
@@ -266,9 +266,9 @@ def test_wrong_folders_are_said_and_survived(tmp_path):
     move(e, folder=())
     check_smooth(e)
 
-def coloured_images(folder):
-    "Four of 9 x 9 pixels, in two classes; training and test alike."
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 9, 9, 3), np.uint8)
+def coloured_images(folder, size=9):
+    "Four of size x size pixels, in two classes; training and test alike."
+    pixels = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
     for split in 'train', 'test':
         for label in '01': (folder/split/label).mkdir(parents=True)
         for i, image in enumerate(pixels): Image.fromarray(image).save(folder/split/str(i % 2)/f'{i}.png')
@@ -324,7 +324,7 @@ def test_a_checkpoint_is_asked_for_its_images(tmp_path):
     door = e.controls['folder']
     door.typed.value = str(tmp_path/'theirs.safetensors')
     assert not door.value
-    assert [box.description for box in door.questions.children[1:4]] == ['images', 'network', 'normalised']
+    assert [box.description for box in door.questions.children[1:5]] == ['images', 'network', 'normalised', 'constants']
     door.answer.click()
     assert e.values['model'].name == 'my theirs.safetensors'
     check_smooth(e, folder='data/digits-crt')                                      # the digits: by its size
@@ -339,6 +339,29 @@ def test_a_checkpoint_is_asked_for_its_images(tmp_path):
     door.answer.click()
     assert e.values['model'].name == 'my theirs.safetensors'
     check_smooth(e, folder='data/digits-crt')
+
+def test_a_checkpoint_of_the_field_is_told_by_whose_constants_it_normalises(tmp_path):
+    "Tensors alone, as the published scripts leave them, and images of a folder, which has no constants of its own."
+    model = build('cifar_resnet20', 2, 3, 32, *statistics_of('cifar10', 'standard')).eval()
+    torch.save({'arch': 'cifar_resnet20', 'state_dict': model[1].state_dict()}, tmp_path/'theirs.pth')
+    coloured_images(tmp_path/'images', size=32)
+    e = SmoothExplorer(**N)
+    door = e.controls['folder']
+    door.fields['dataset'].value = f'folder:{tmp_path}/images'
+    door.fields['normalization'].value = 'standard'
+
+    door.typed.value = str(tmp_path/'theirs.pth')
+    door.answer.click()
+    assert e.worker.wait() and complains(e, 'fill in the fields constants and normalised')
+
+    door.leaving.children[0].click()
+    door.fields['constants'].value = 'cifar10'
+    door.typed.value = str(tmp_path/'theirs.pth')
+    door.answer.click()
+    assert e.worker.wait()
+    network, images, _ = e.open(e.values['model'])
+    x = images[:].to(device_of(network))
+    torch.testing.assert_close(network(x), model.to(x.device)(x))
 
 def test_a_bug_is_shown(monkeypatch):
     e = SmoothExplorer(**N)

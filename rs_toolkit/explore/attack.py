@@ -33,7 +33,6 @@ from ..data import CRAFTING, image_keys, read_picture
 from .core import BLUE, EMPTY, GREY, ORANGE, PURPLE, SHADE, Tip
 from .core import add_traces, dashed, line, log_slider, panels, text
 from .radius import down
-from .door import Network
 from .smooth import IMAGE, PICTURES, NetworkPage, Watched
 from .smooth import class_names, mosaic, networks, trained, watch
 from ..log import read_log
@@ -690,7 +689,7 @@ class AttackExplorer(NetworkPage):
 
     def load(self):
         model = self.running['model']
-        if model not in self.read: self.read = {model: attacked(model.path if isinstance(model, Network) else model)}
+        if model not in self.read: self.read = {model: attacked(self.place_of(model)[0])}
         [self.rows] = self.read.values()
 
     def figure(self): return attack_figure(self.now, self.wanted(), self.rows)

@@ -18,6 +18,7 @@ from traitlets import Tuple
 
 # %% ../../nbs/explore/00_door.ipynb #3f7e409a
 from ..common import document, locate, package_folder, project_folder
+from ..data import NORMALIZATIONS, STATISTICS
 from ..distribution import log_of, open_log
 from .core import Votes, alert
 
@@ -26,10 +27,10 @@ FACTS = {  # what a file may leave out -> (how it is written, what it says in an
     'sigma': ('noise σ', 'often 0.25'), 'n0': ('n0', 'often 100'), 'n': ('samples N', 'often 100,000'),
     'alpha': ('failure α', 'often 0.001'), 'split': ('split', ''),
     'dataset': ('images', 'cifar10, folder:PATH; by size'), 'arch': ('network', 'as the file says'),
-    'normalization': ('normalised', '')}
+    'normalization': ('normalised', ''), 'constants': ('constants', '')}
 OF_LOGS = ('sigma', 'n0', 'n', 'alpha', 'split')
-OF_NETWORKS = ('dataset', 'arch', 'normalization')
-CHOICES = dict(split=['', 'test', 'train'], normalization=['', 'standard', 'center', 'none'])
+OF_NETWORKS = ('dataset', 'arch', 'normalization', 'constants')
+CHOICES = dict(split=['', 'test', 'train'], normalization=['', *NORMALIZATIONS], constants=['', *STATISTICS])
 OPTIONAL = OF_NETWORKS          # empty: what ships for the network's size; as the file says
 
 @lru_cache(64)

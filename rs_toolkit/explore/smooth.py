@@ -74,14 +74,15 @@ def trained(
     dataset='',          # whose test split; a run knows its own, and to a checkpoint goes what ships for its size
     arch='',             # with the next: of a checkpoint that does not say them, as `checkpoint.load` takes them
     normalization='',
+    constants='',        # the data set by whose mean and std it normalises; '': `dataset`
 )->tuple:                # network, images [N, C, H, W] and labels [N] of the test split
     "A network, and what it is tested on."
     file = locate(place)
     if not dataset and not file.is_file(): dataset = tested_on(file)
-    constants = None if dataset in ('', 'digits') or ':' in dataset else dataset
+    if not constants and ':' not in dataset: constants = dataset
     if dataset.startswith('folder:'): dataset = f"folder:{locate(dataset.removeprefix('folder:'))}"
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = load_checkpoint(file, arch or None, constants if normalization else None, normalization or None)
+    model = load_checkpoint(file, arch or None, constants or None, normalization or None)
     images, labels = pictures_for(model.metadata, dataset)
     wanted = [model.metadata[name] for name in ('in_channels', 'image_size', 'image_size')]
     if list(images.shape[1:]) != wanted:
@@ -461,10 +462,14 @@ class NetworkPage(Explorer):
 
     def open(self, model):
         "Network, images and labels; the last is remembered."
-        place, facts = (model.path, dict(model.facts)) if isinstance(model, Network) else (model, {})
+        place, facts = self.place_of(model)
         found = self.opened.get(model) or trained(place, **facts)
         self.opened = {model: found}
         return found
+
+    def place_of(self, model):
+        "Where a network lies, and what was told about it."
+        return (model.path, dict(model.facts)) if isinstance(model, Network) else (model, {})
 
     def receive(self):
         "Offer who is there now; the newest goes first."
