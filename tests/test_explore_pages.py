@@ -41,6 +41,8 @@ def test_the_index_leads_to_every_page():
     assert sorted(name for _, name in links) == [path.stem for path in PAGES]
     titles = {path.stem: nbformat.read(path, 4).cells[0].source.splitlines()[0][2:] for path in PAGES}
     assert {name: question for question, name in links} == titles
+    order = re.findall(r'^nbs/explore/(\w+)$', (ROOT/'docs/lecture.md').read_text(), re.M)
+    assert order == ['index', *(name for _, name in links)], 'the site is in the same order'
 
 def height(e):
     "Pixels of an explorer from its controls to the words of its tips."
