@@ -32,7 +32,7 @@ METHODS = {entry.key: entry for entry in [
     Entry('smoothmix', 'SmoothMix', '#AA4499', 'rs_toolkit.methods.smoothmix:SmoothMix'),
     Entry('catrs', 'CAT-RS', '#882255', 'rs_toolkit.methods.catrs:CATRS'),
     Entry('sodm', 'SODM', '#332288', 'rs_toolkit.methods.sodm:SODM'),
-    Entry('crt', 'CRT', '#D55E00', 'rs_toolkit.methods.crt:CRT'),
+    Entry('crt', 'CRT', '#CC6677', 'rs_toolkit.methods.crt:CRT'),
     Entry('acr', 'ACR paper', '#0072B2', also=('ours',)),
 ]}
 

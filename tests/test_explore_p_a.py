@@ -28,7 +28,7 @@ FOLDERS = {name: f'digits-methods/equal_epochs/{key}' for key, name in NAMES.ite
 FOLDERS['my digits-gaussian'] = 'digits-gaussian'
 CIFAR = {'Gaussian': 'cifar10-gaussian', 'CRT': 'cifar10-crt'}
 COLOURS = {'Gaussian m=4': '#555555', 'Gaussian m=1': '#000000', 'SmoothAdv': '#C98500', 'CAT-RS': '#882255',
-           'ACR paper': '#0072B2', 'Gaussian': '#555555', 'CRT': '#D55E00'}
+           'ACR paper': '#0072B2', 'Gaussian': '#555555', 'CRT': '#CC6677'}
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch): monkeypatch.chdir(ROOT/'nbs/explore')
