@@ -1,6 +1,7 @@
 """What tools share that make runs from recipes."""
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +22,8 @@ def pack(log, place):
     "Copy a log, packed: the same bytes for the same log."
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(gzip.compress(log.read_bytes(), mtime=0))
+
+def ship(run, place):
+    "Copy a run, as far as tables and pages read it: not its weights."
+    place.mkdir(parents=True, exist_ok=True)
+    for file in ['certify.tsv', 'config.json', 'history.csv', 'metrics.json']: shutil.copy(run/file, place/file)
