@@ -277,8 +277,8 @@ def _check_told(name, log):
     unknown = [column for column in _common(log) if column != 'eps' and log[column].isna().any()]
     if not unknown: return
     told = ', '.join(f'{column}=...' for column in unknown)
-    raise ValueError(f"{name} does not say its {', '.join(unknown)}, so its ACR cannot stand beside others: "
-                     f"give what is true of it when reading, read_log(path, {told})")
+    raise ValueError(f"{name} does not say its {', '.join(unknown)}, so its ACR cannot stand beside others. "
+                     f"Give what is true of it when reading, read_log(path, {told})")
 
 def _check_settings(first, reference, name, log):
     for column in _common(reference, log):

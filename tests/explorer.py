@@ -1,7 +1,13 @@
-"""A hand on the controls of an explorer, and an eye on its figure."""
+"""A hand on the controls of an explorer, and an eye on its figure; images and runs from outside."""
+import json
+
+import numpy as np
 import plotly.graph_objects as go
+from PIL import Image
 
 from rs_toolkit.explore.core import EVERY
+
+HOSTILE = '<img src=x onerror=alert(1)>'
 
 def move(explorer, **values):
     "Set controls, one after the other. An exception in a callback comes out here."
@@ -24,6 +30,10 @@ def shown(explorer):
     "What the panels show, all of them in sight."
     move_to(explorer, EVERY)
     return Shown({trace.name: trace for trace in explorer.fig.data})
+
+def written(explorer):
+    "All that a page may show as markup: its words, its legend, and the texts of its figure."
+    return explorer.words.value + explorer.key.value + str(explorer.fig.to_dict())
 
 def complains(explorer, words): return 'role="alert"' in explorer.words.value and words in explorer.words.value
 
@@ -52,3 +62,22 @@ def click(trace, x, y):
     keys = dict.fromkeys(['alt', 'ctrl', 'meta', 'shift'], False)
     points = dict(trace_indexes=[trace], point_indexes=[[20, 20]], xs=[x], ys=[y])
     return dict(event_type='plotly_click', selector=None, device_state=dict(keys, button=0, buttons=1), points=points)
+
+def coloured_images(folder, size=9, classes='01'):
+    "Four of size x size pixels, in two classes; training and test alike."
+    pixels = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
+    for split in 'train', 'test':
+        for name in classes: (folder/split/name).mkdir(parents=True)
+        for i, image in enumerate(pixels): Image.fromarray(image).save(folder/split/classes[i % 2]/f'{i}.png')
+    return pixels
+
+def coloured_run(place, classes='01'):
+    "A run on such images, with a network that nobody has trained."
+    from rs_toolkit.checkpoint import save
+    from rs_toolkit.models import build
+    pixels = coloured_images(place/'images', classes=classes)
+    folder = place/'run'
+    shape = dict(num_classes=2, in_channels=3, image_size=9)
+    save(folder, build('small_cnn', **shape), arch='small_cnn', **shape, mean=None, std=None)
+    (folder/'config.json').write_text(json.dumps(dict(parameters=dict(dataset=f'folder:{place}/images'))))
+    return folder, pixels

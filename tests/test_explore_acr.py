@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import beta, norm
 
-from explorer import complains, move, shown
+from explorer import complains, move, shown, written
 from rs_toolkit.explore.acr import ACRExplorer, folders_of_runs
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
@@ -183,9 +183,10 @@ def test_guests_come_and_go(tmp_path):
     assert e.controls['second'].options == ('CRT (digits, σ = 0.25)', 'Gaussian m=1 (digits, σ = 0.25)', 'my <i>')
     move(e, n=100, alpha=.1)                              # nobody knows what these would have certified
     assert shown(e)['level A'].y[0] == pytest.approx(acr) and 'N = 10,000, α = 0.001' in e.words.value
-    assert '<i>' not in e.words.value + e.key.value + str(shown(e)['run names'].text)
+    assert '<i>' not in written(e)
     move(e, n=10_000, alpha=.001, run=FIRST, second=SECOND)
-    assert complains(e, f'my &lt;i&gt; does not stand beside {FIRST}') and complains(e, '360 images')
+    assert complains(e, f'my &lt;i&gt; does not stand beside {FIRST}')
+    assert complains(e, 'over the same images only</div>')                        # the reason, and no code
     move(e, own=())
     check_acr(e)
 

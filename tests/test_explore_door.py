@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from explorer import HOSTILE
 from rs_toolkit.common import data_folder
 from rs_toolkit.explore.door import Door, guests, unpack
 
 CRT = data_folder()/'digits-crt'
-HOSTILE = '<img src=x onerror=alert(1)>'
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     (tmp_path/'settings.ini').touch()           # a project of its own

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import beta, norm
 
-from explorer import clamps, complains, move, shown
+from explorer import HOSTILE, clamps, complains, move, shown, written
 from rs_toolkit.distribution import open_log
 from rs_toolkit.explore.door import guests
 from rs_toolkit.explore.p_a import PAExplorer
@@ -227,8 +227,8 @@ def test_only_your_own(tmp_path):
     check(e, names=tuple(mine), folders=mine)
 
 def test_the_door_is_an_argument():
-    e = PAExplorer(own={'<b>x</b>': 'data/digits-gaussian'})
-    assert '<b>x</b>' in e.values['runs'] and '<b>x</b>' not in e.words.value + e.table.value + e.key.value
+    e = PAExplorer(own={HOSTILE: 'data/digits-gaussian'})
+    assert HOSTILE in e.values['runs'] and HOSTILE not in written(e) + e.table.value
 
 def click(name, x, y, e):
     "What the browser sends."

@@ -1,4 +1,5 @@
 """What all pages of the laboratory share: their form, their tips, the room that they take."""
+import math
 import re
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +45,15 @@ def test_the_index_leads_to_every_page():
     order = re.findall(r'^nbs/explore/(\w+)$', (ROOT/'docs/lecture.md').read_text(), re.M)
     assert order == ['index', *(name for _, name in links)], 'the site is in the same order'
 
+def check_numbers(fig):
+    "Of plain lists JSON takes finite ones only; of arrays plotly sends the bytes."
+    parts = [fig._data, fig._layout]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict): parts += part.values()
+        elif isinstance(part, (list, tuple)): parts += part
+        elif isinstance(part, float): assert math.isfinite(part), part
+
 def height(e):
     "Pixels of an explorer from its controls to the words of its tips."
     def wide(control): return 'rs-wide' in control._dom_classes
@@ -61,6 +71,7 @@ def test_tips_set_the_controls_that_they_speak_of(path):
     assert height(e) <= WINDOW + ROW
     assert e.legend() and 'rs-mark' in e.key.value
     assert len(e.tips) >= 4
+    check_numbers(e.fig)
     for tip, button in zip(e.tips, e.tip_buttons):
         button.click()
         assert e.worker.wait(600), tip.title
@@ -68,6 +79,7 @@ def test_tips_set_the_controls_that_they_speak_of(path):
         for name, value in tip.sets.items():
             now = e.values[name]
             assert now == (pytest.approx(value) if isinstance(value, float) else value), (tip.title, name)
+        check_numbers(e.fig)
         assert tip.words in e.hint.value and (tip.view or e.toggle.value) == e.toggle.value
     if e.views:
         e.toggle.value = EVERY

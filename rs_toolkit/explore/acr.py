@@ -24,7 +24,7 @@ from ..common import document
 from ..distribution import Outcome
 from .cases import Cases, rows_near
 from .core import GREEN, GREY, ZONE, Explorer, Tip, Votes
-from .core import add_traces, alert, drop, line, log_slider, panels, shipped_runs, text
+from .core import add_traces, drop, line, log_slider, panels, refusal, shipped_runs, text
 from .door import Door, guests
 from .radius import large
 from ..metrics import check_comparable, setting, why_no_acr
@@ -384,7 +384,8 @@ class ACRExplorer(Explorer):
         "Which guests do not stand beside the first run, and why."
         first = self.values['run']
         why = {run.name: why_not(come[first].votes, run.votes) for run in self.values['own']}
-        return ''.join(alert(f'{name} does not stand beside {first}: {words}') for name, words in why.items() if words)
+        return ''.join(refusal(f'{name} does not stand beside {first}: {words}')
+                       for name, words in why.items() if words)
 
     @property
     def come(self): return {run.name: run for run in (*self.ours, *self.values['own'])}

@@ -6,8 +6,8 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'MARKS', 'ASIDE', 'GROUPS', 'EMPTY', 'HIDDEN', 'EVERY',
            'CLEAR', 'GRIP', 'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots', 'middles',
            'add_traces', 'key_to', 'places', 'axes_of', 'has_lines', 'panels', 'arrangement', 'as_made', 'Shipped',
-           'shipped_runs', 'Votes', 'Worker', 'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'moves',
-           'Manners', 'Toggles', 'Tip', 'Explorer']
+           'shipped_runs', 'Votes', 'Worker', 'same', 'changed', 'alert', 'refusal', 'Figure', 'near', 'log_slider',
+           'moves', 'Manners', 'Toggles', 'Tip', 'Explorer']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
 import json
@@ -286,6 +286,10 @@ def alert(words):
     "What went wrong, as text: it may quote what somebody typed."
     return f'<div role="alert" style="color:{ORANGE}">{escape(words)}</div>'
 
+def refusal(words):
+    "What does not compare, and why. The last sentence is for those who write code: what to do about it."
+    return alert(words.rpartition('. ')[0] or words)
+
 # %% ../../nbs/explore/00_core.ipynb #abed5471
 EMPTY = {'x': [], 'y': [], 'visible': False}      # a line that is not needed now
 HIDDEN = {'visible': False}                       # anything in a panel that is not shown
@@ -443,6 +447,7 @@ class Explorer:
         below=(),       # more widgets between the controls and the words, such as a row of buttons
     ):
         self.controls = controls
+        self.echoed = {}                        # control -> what it was before an echo, see `moved`
         self.filling = False                    # whether the explorer itself is moving a control
         self.grip_count = 0                     # panels in which the point can be dragged
         self.worker = Worker()
@@ -522,11 +527,14 @@ class Explorer:
     @property
     def values(self):
         "What the controls say, by name."
-        return {name: control.value for name, control in self.controls.items()}
+        return {name: self.echoed.get(control, control.value) for name, control in self.controls.items()}
 
     def moved(self, change):
-        "Called by every control. A browser may send a number back in digits of its own: .24999999999999994."
-        if not self.filling and not near(change.old, change.new): self.update()
+        "Called by every control. A browser may send a number back in digits of its own, .24999999999999994: no move."
+        if near(change.old, change.new): self.echoed.setdefault(change.owner, change.old)
+        else:
+            self.echoed.pop(change.owner, None)
+            if not self.filling: self.update()
 
     def turned(self, _):
         "Called when other panels are wanted."

@@ -185,7 +185,8 @@ class Door(W.VBox):
         self.typed = W.Text(placeholder='run folder, file, zip, or runs/*', continuous_update=False,
                             layout=dict(width='300px'))
         self.below = W.Dropdown(layout=dict(width='260px'))
-        self.upload = W.FileUpload(multiple=True, description='upload files or a zip', layout=dict(width='auto'))
+        self.upload = W.FileUpload(multiple=True, description='upload, up to 10 MB', layout=dict(width='auto'),
+                                   tooltip='files, or a zip; what is larger, by its path')
         self.fields = {fact: field(fact) for fact in FACTS}
         self.answer = W.Button(description='add', button_style='primary', layout=dict(width='auto'))
         self.skip = W.Button(description='leave it out', layout=dict(width='auto'))
