@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'DEEP', 'GREY', 'COLOUR', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER',
-           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'load', 'read_picture',
-           'photographs', 'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys', 'images_at', 'batches',
-           'fingerprint', 'check_images', 'check_labels', 'Items', 'some_images']
+           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'load', 'folder_classes',
+           'read_picture', 'photographs', 'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys',
+           'images_at', 'batches', 'fingerprint', 'check_images', 'check_labels', 'Items', 'some_images']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
@@ -100,6 +100,13 @@ def _open(file, view):
 def _classes(split):
     "Names of the folders that are not hidden."
     return sorted(p.name for p in Path(split).iterdir() if p.is_dir() and not p.name.startswith('.'))
+
+def folder_classes(
+    path,    # of a folder data set, wherever `locate` finds it
+)->list:     # text, in the order of the labels; empty where there is no such folder
+    "What the classes of a folder data set are called."
+    train = locate(path)/'train'
+    return _classes(train) if train.is_dir() else []
 
 def _samples(split):
     "(path, label) of the images of a split, without hidden files and folders; each class has some."

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from explorer import complains, move, move_to, shown
+from explorer import HOSTILE, coloured_run, complains, move, move_to, shown, written
 from rs_toolkit.attacks import pgd_perturbation
 from rs_toolkit.certify import ABSTAIN, certify
 from rs_toolkit.checkpoint import load as load_checkpoint, save
@@ -91,6 +91,12 @@ def test_the_budget_is_attacked_at_once_and_nothing_else_again(e):
         move(e, eps=eps)
         took.append(time.perf_counter() - start)
     assert statistics.median(took) < .1
+
+def test_a_number_in_digits_of_a_browser_begins_nothing(e):
+    s = check_siege(e)
+    move(e, sigma=np.nextafter(.25, 0))
+    move(e, eps=.5)
+    assert check_siege(e).look is s.look
 
 def test_many_moves_end_in_the_last_one(e):
     for sigma in np.linspace(.1, .3, 8): move(e, sigma=float(sigma))
@@ -186,7 +192,7 @@ def test_a_drawing(e):
     assert 'image 40' in done(e).name
     e.paper.ink = bar()
     move(e, image=41)
-    assert done(e).name == 'image 41'
+    assert done(e).name == 'image 41' and e.paper.ink == b''                 # the next stroke does not add to the bar
     e.paper.ink = bytes(GRID * GRID)
     assert done(e).name == 'image 41'
 
@@ -199,13 +205,14 @@ def png(size, mode='RGB'):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)).convert(mode).save(out, 'PNG')
     return out.getvalue()
 
-TRAP = '<img src=x onerror=alert(1)>.png'
+TRAP = f'{HOSTILE}.png'
 
 @pytest.mark.parametrize('size, mode', [((8, 8), 'L'), ((33, 70), 'RGB'), ((3, 2), 'RGB')])
 def test_an_upload_of_any_size(e, size, mode):
+    e.paper.ink = bar()
     upload(e, TRAP, png(size, mode))
     s = done(e)
-    assert s.look.pictures.shape[1:] == (1, 8, 8)
+    assert s.look.pictures.shape[1:] == (1, 8, 8) and e.paper.ink == b''
     assert '<img' not in e.words.value and '&lt;img src=x' in e.words.value
     e.clear.click()
     assert done(e).name == 'image 40'
@@ -247,6 +254,12 @@ def test_wrong_places_are_said_and_survived(e, tmp_path):
     move(e, folder=())
     check_siege(e)
 
-def test_names_of_classes_are_text(e):
-    s = attack.replace(e.now, classes=(TRAP,) * 10)
-    for words in attack.siege_in_words(s, 6), *attack.picture_traces(s, 6)['names']['text']: assert '<img' not in words
+def test_names_of_classes_are_text(tmp_path):
+    folder, _ = coloured_run(tmp_path, [HOSTILE, 'cat'])
+    e = AttackExplorer(folder=folder, image=0, **QUICK)
+    name = '&lt;img src=x onerror=alert(1)&gt;'
+    assert f'in truth <b>{name}</b>' in e.words.value
+    look = attack.replace(e.now.look, classes=(HOSTILE,) * 2)                 # whatever the network says
+    e.now = attack.replace(e.now, look=look)
+    e.redraw()
+    assert 'network: &lt;img src=…<br>' in shown(e)['names'].text[0] and '<img' not in written(e)

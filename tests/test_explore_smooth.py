@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from explorer import clamps, complains, move, shown
+from explorer import HOSTILE, clamps, coloured_images, coloured_run, complains, move, shown, written
 from forked import until
 from rs_toolkit.bounds import certified_radius, lower_bound, max_radius
 from rs_toolkit.certify import certify
-from rs_toolkit.checkpoint import load as load_checkpoint, save
+from rs_toolkit.checkpoint import load as load_checkpoint
 from rs_toolkit.common import package_folder
 from rs_toolkit.data import load, statistics as statistics_of
 from rs_toolkit.explore import smooth
@@ -266,20 +265,9 @@ def test_wrong_folders_are_said_and_survived(tmp_path):
     move(e, folder=())
     check_smooth(e)
 
-def coloured_images(folder, size=9):
-    "Four of size x size pixels, in two classes; training and test alike."
-    pixels = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
-    for split in 'train', 'test':
-        for label in '01': (folder/split/label).mkdir(parents=True)
-        for i, image in enumerate(pixels): Image.fromarray(image).save(folder/split/str(i % 2)/f'{i}.png')
-    return pixels
-
 def test_another_test_split(tmp_path):
     "A folder of four coloured images: the slider ends with it, and shows the last for one that it does not have."
-    pixels = coloured_images(tmp_path/'images')
-    folder = run_folder(tmp_path/'run', f'folder:{tmp_path}/images', weights=False)
-    shape = dict(num_classes=2, in_channels=3, image_size=9)
-    save(folder, build('small_cnn', **shape), arch='small_cnn', **shape, mean=None, std=None)
+    folder, pixels = coloured_run(tmp_path)
     e = SmoothExplorer(**N)
     move(e, folder=guests(folder, Network))
     assert e.worker.wait()
@@ -290,6 +278,19 @@ def test_another_test_split(tmp_path):
     assert e.worker.wait()
     assert e.now.finished
     assert e.controls['image'].max == 359
+
+def test_a_folder_has_names_for_its_classes_and_they_are_text(tmp_path):
+    "In the words, above the copies, and below the bars."
+    folder, _ = coloured_run(tmp_path, [HOSTILE, 'a "cat"'])
+    e = SmoothExplorer(folder=folder, image=0, **N)
+    name = '&lt;img src=x onerror=alert(1)&gt;'
+    shown(e)
+    assert f'Image 0, class <b>{name}</b>' in e.words.value and '<img' not in written(e)
+    assert e.fig.layout.xaxis2.ticktext == (f'<b>{name}</b>, true', 'a "cat"')
+    assert shown(e)['true'].text == ('the image: &lt;img src=…',)
+    move(e, image=3)
+    assert e.worker.wait() and 'class <b>a "cat"</b>' in e.words.value and '<img' not in written(e)
+    assert smooth.class_names(dict(dataset=f'folder:{tmp_path}/images', num_classes=3)) == ('0', '1', '2')
 
 def test_photographs_stand_in_for_images_that_are_not_here(monkeypatch):
     "Their class is not known, so no answer is called wrong."

@@ -1,14 +1,14 @@
 """The sphere explorer: every control by hand, against the attack as training calls it.
 
 Here an exception in a callback comes out of the assignment."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
 import pytest
 import torch
 
-from explorer import clamps, complains, move, shown
+from explorer import HOSTILE, clamps, complains, move, shown
 from rs_toolkit import checkpoint
 from rs_toolkit.attacks import sphere_attack
 from rs_toolkit.common import data_folder
@@ -210,6 +210,18 @@ def test_real_images(here, monkeypatch):
     check(e, image=19, steps=2)
     assert e.controls['image'].max == 359
     sphere.real_subject.cache_clear()
+
+def test_names_of_classes_are_text(monkeypatch):
+    named = replace(sphere.subject('gaussian4'), classes=(HOSTILE,) * 10)
+    monkeypatch.setattr(sphere, 'subject', lambda name: named)
+    titles = sphere.picture_traces(sphere.image_walk('gaussian4', 2, .25, 2), 3)['titles']['text']
+    assert titles[0] == '&lt;img src=x onerror=alert(1)&gt;'
+
+def test_a_number_in_digits_of_a_browser_begins_nothing():
+    e = SphereExplorer()
+    move(e, eps=np.nextafter(.25, 1))
+    move(e, steps=3)
+    assert e.worker.thread is None and 'after 3 steps' in e.words.value
 
 def test_corners():
     "An image whose noises are all wrong, and the longest and shortest steps, break nothing."

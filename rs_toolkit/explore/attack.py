@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRID', 'ALPHA', 'BUDGETS', 'LADDER', 'COARSE', 'NETWORK', 'VOTE', 'ROOM', 'NOBODY', 'QUIET', 'UNKNOWN', 'PROVED',
            'HOVER', 'LOOKS', 'TITLES', 'OPEN', 'ONE', 'ALL', 'LEGEND', 'ALL_LEGEND', 'PHOTOGRAPH', 'picture_of_ink',
-           'Paper', 'Tried', 'attack_at', 'Siege', 'next_budget', 'besiege', 'attacked', 'standing', 'called',
+           'Paper', 'Tried', 'attack_at', 'Siege', 'next_budget', 'besiege', 'attacked', 'standing', 'called', 'tagged',
            'wall_in_words', 'budget_in_words', 'breaks_in_words', 'siege_in_words', 'run_in_words', 'labels_of',
            'magnified', 'picture_traces', 'curve_traces', 'run_traces', 'marks', 'attack_traces', 'attack_figure',
            'attack_axes', 'opening', 'tips_of', 'AttackExplorer', 'place_of']
@@ -34,7 +34,7 @@ from .core import BLUE, EMPTY, GREY, ORANGE, PURPLE, SHADE, Tip
 from .core import add_traces, dashed, line, log_slider, panels, text
 from .radius import down
 from .smooth import IMAGE, PICTURES, NetworkPage, Watched
-from .smooth import class_names, mosaic, networks, trained, watch
+from .smooth import mosaic, networks, trained, watch
 from ..log import read_log
 from ..models import device_of
 from ..noise import PREDICTION, gaussian_noise
@@ -167,7 +167,6 @@ class Siege:
     answer: int                                # of the network, without an attack
     steps: int                                 # of PGD
     num_noise: int                             # noises of the attack on the vote
-    classes: tuple = ()                        # names, where there are some
     tried: dict = field(default_factory=dict)  # place in `BUDGETS` -> `Tried`
 
     @property
@@ -219,12 +218,11 @@ def besiege(
     "Certify a picture, then attack it until it is known where it breaks."
     s = known
     if s is None:
-        classes = class_names(model.metadata)
         for look in watch(model, images, labels, image, sigma, n, ALPHA, pace=.1):
             if s is None:
                 x = torch.tensor(look.pictures[:1], device=device_of(model))
                 with torch.inference_mode(): answer = int(model(x).argmax())
-                s = Siege(look, name, answer, steps, num_noise, classes)
+                s = Siege(look, name, answer, steps, num_noise)
             s = replace(s, look=look)
             yield s
     x = torch.tensor(s.look.pictures[0], device=device_of(model))
@@ -257,7 +255,9 @@ def standing(
         'network': share(rows.network != 0, rows.network)}
 
 # %% ../../nbs/explore/how/attack.ipynb #301507f0
-def called(s, label): return escape(s.classes[label]) if label != ABSTAIN else 'undecided'
+def called(s, label): return s.look.names[label] if label != ABSTAIN else 'undecided'
+
+def tagged(s, label): return s.look.labels[label] if label != ABSTAIN else 'undecided'
 
 def wall_in_words(s:Siege)->str:
     "What is promised."
@@ -331,11 +331,11 @@ def labels_of(s, budget):
     t = s.tried.get(budget)
     start = s.tried.get(0)
     names = ['picture', 'vs network', 'vs vote']
-    if t is None: return [f'<b>{names[0]}</b><br>network: {called(s, s.answer)}', *names[1:], '', '', ''], [False] * 6
+    if t is None: return [f'<b>{names[0]}</b><br>network: {tagged(s, s.answer)}', *names[1:], '', '', ''], [False] * 6
     said = [s.answer, *t.said]
     voted = [s.certificate.prediction if start is None else s.voted, *t.voted]
     gains = magnified(s, t)[1]
-    above = [f'<b>{name}</b><br>network: {called(s, a)}<br>vote: {called(s, b)}'
+    above = [f'<b>{name}</b><br>network: {tagged(s, a)}<br>vote: {tagged(s, b)}'
              for name, a, b in zip(names, said, voted)]
     below = ['noisy copy', *(f'change × {gain:.3g}' for gain in gains)]
     changed = [False, said[1] != s.answer, s.others(t)[VOTE]]
@@ -370,7 +370,7 @@ def curve_traces(s:Siege, budget:int)->dict:
     network, vote = (min(changed, default=None) for changed in s.changed)
     def flip(i, values, said):
         if i is None: return dict(x=[], y=[], text=[])
-        return dict(x=[BUDGETS[i]], y=[values[at.index(i)]], text=[f' {called(s, said)}'])
+        return dict(x=[BUDGETS[i]], y=[values[at.index(i)]], text=[f' {tagged(s, said)}'])
     now = [at.index(budget)] if budget in s.tried else []
     high = [s.radius] * (s.radius > 0)
     broken = s.tried.get(vote)
@@ -570,7 +570,8 @@ class AttackExplorer(NetworkPage):
         self.running = self.asked(start)                                 # the page opens with a finished siege
         *_, self.now = self.siege(self.running, lambda: place_of(start['eps']))
         self.paper = Paper()
-        self.upload = W.FileUpload(accept='image/*', description='upload', layout=dict(width='110px'))
+        self.upload = W.FileUpload(accept='image/*', description='upload', layout=dict(width='110px'),
+                                   tooltip='an image, up to 10 MB')
         back = 'back to the image under the slider'
         self.clear = W.Button(description='clear', tooltip=back, layout=dict(width='110px'))
         super().__init__(dict(
@@ -620,11 +621,16 @@ class AttackExplorer(NetworkPage):
 
     def moved(self, change):
         "Whoever moves the slider of images wants to see one."
-        if not self.filling and change.owner is self.controls['image']: self.own = None
+        if not self.filling and change.owner is self.controls['image']: self.forget()
         super().moved(change)
 
-    def take(self, tip):
+    def forget(self):
+        "Let go of a picture from outside; the next drawing begins on clean paper."
         self.own = None
+        self.paper.ink = b''
+
+    def take(self, tip):
+        self.forget()
         super().take(tip)
 
     def update(self, _=None):
@@ -657,9 +663,10 @@ class AttackExplorer(NetworkPage):
     # pictures from outside
 
     def drawn_on(self, _):
+        before = self.own
         ink = bytes(self.paper.ink)
         self.own = ('your drawing', partial(picture_of_ink, ink)) if any(ink) else None
-        self.update()
+        if self.own != before: self.update()
 
     def uploaded(self, _):
         "A file that cannot be read is said, and what was there stays."
@@ -670,12 +677,12 @@ class AttackExplorer(NetworkPage):
         def make(channels, side): return read_picture(BytesIO(content), channels, side)
         try: make(1, 8)
         except (ValueError, OSError) as error: return self.complain(ValueError(f"{file['name']}: {error}"))
+        self.forget()
         self.own = file['name'], make
         self.update()
 
     def cleared(self, _):
-        self.own = None
-        self.paper.ink = b''
+        self.forget()
         self.update()
 
     def go_to(self, trace, points, state):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/explore/00_cases.ipynb #01d23fd5
-from ..common import document, locate
+from ..common import document
 from ..distribution import log_of
 from .core import ORANGE, alert
 from ..tables import training
@@ -40,11 +40,10 @@ def images_of(
     "What a run was certified on."
     dataset = training(log_of(run).parent).get('dataset')
     if not dataset: raise ValueError('its folder does not say which data set that is: no pictures')
-    place = locate(dataset.removeprefix('folder:'))
-    if dataset != 'digits' and not (dataset.startswith('folder:') and place.is_dir()):
-        raise ValueError(f'the images of {dataset} are not here: no pictures')
     from rs_toolkit.data import load
-    return load(dataset if dataset == 'digits' else f'folder:{place}', 'test')
+    from rs_toolkit.explore.smooth import is_here
+    if not is_here(dataset): raise ValueError(f'the images of {dataset} are not here: no pictures')
+    return load(dataset, 'test')
 
 def picture_of(
     row,             # of a log
@@ -99,6 +98,7 @@ class Cases(W.VBox):
         place:str,          # where that is, HTML
     ):
         "Let these images be seen."
+        if not len(rows): return self.say(f'{name}: no image stands there.')
         self.say('Opening …')                                                    # torch may have to be loaded
         missing = ''
         try: images, labels = images_of(run)

@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
+from html import escape
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from ..bounds import max_radius
 from ..certify import ABSTAIN, Certificate, noisy_copies, vote_stream
 from ..checkpoint import load as load_checkpoint
 from ..common import check_samples, check_sigma, document, locate, project_folder
-from ..data import load, photographs
+from ..data import folder_classes, load, photographs
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Tip
 from .core import add_traces, dashed, dot, line, log_slider, panels, shipped_runs, text
 from .door import Door, Network
@@ -35,18 +36,22 @@ from ..plots import common_look
 
 # %% ../../nbs/explore/how/smooth.ipynb #fa343913
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-UNPACKED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # what torchvision makes of a download
+UNPACKED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'mnist': 'MNIST',
+            'fashion_mnist': 'FashionMNIST'}                                  # what torchvision makes of a download
 
 def class_names(
     metadata,   # of a network
 )->tuple:       # a name for each class, text
     "What a network's classes are called."
-    dataset = str(metadata.get('dataset', '')).removeprefix('folder:').rpartition('/')[2]
-    if dataset.startswith('cifar10') and metadata['num_classes'] == 10: return CIFAR10
-    return tuple(str(i) for i in range(metadata['num_classes']))
+    dataset = str(metadata.get('dataset', ''))
+    count = metadata['num_classes']
+    path = dataset.removeprefix('folder:')
+    if path.rpartition('/')[2].startswith('cifar10') and count == 10: return CIFAR10
+    own = folder_classes(path) if dataset.startswith('folder:') else []
+    return tuple(own if len(own) == count else map(str, range(count)))
 
 def is_here(dataset):
-    "Whether a data set can be read without a download; of those that are small, we do not ask."
+    "Whether a data set can be read without a download."
     if dataset.startswith('folder:'): return locate(dataset.removeprefix('folder:')).is_dir()
     return dataset not in UNPACKED or (project_folder()/'data/cache'/UNPACKED[dataset]).is_dir()
 
@@ -83,6 +88,7 @@ def trained(
     if dataset.startswith('folder:'): dataset = f"folder:{locate(dataset.removeprefix('folder:'))}"
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = load_checkpoint(file, arch or None, constants or None, normalization or None)
+    if dataset: model.metadata = model.metadata | dict(dataset=dataset)        # whose classes have names
     images, labels = pictures_for(model.metadata, dataset)
     wanted = [model.metadata[name] for name in ('in_channels', 'image_size', 'image_size')]
     if list(images.shape[1:]) != wanted:
@@ -140,6 +146,11 @@ class Watched:
 
     @property
     def num_classes(self): return len(self.classes)
+    @property
+    def names(self): return [escape(name, quote=False) for name in self.classes]     # HTML
+    @property
+    def labels(self):                                                                # as much as fits above a picture
+        return [escape(name if len(name) <= 10 else f'{name[:9]}…', quote=False) for name in self.classes]
     @property
     def finished(self): return len(self.votes) == self.n
 
@@ -204,7 +215,7 @@ def certificate_in_words(w:Watched)->str:
     c = w.now
     promise = ''
     if c.radius >= NOTHING:
-        promise = f': no change shorter than that alters the answer {w.classes[c.prediction]}'
+        promise = f': no change shorter than that alters the answer {w.names[c.prediction]}'
     wrong = ''
     if w.label >= 0 and c.prediction not in (ABSTAIN, w.label):
         wrong = ' The promise is about the answer, and <b>the answer is wrong</b>.'
@@ -213,7 +224,7 @@ def certificate_in_words(w:Watched)->str:
             f'The same in code: <code>{call}</code>')
 
 # %% ../../nbs/explore/how/smooth.ipynb #a5a8df3e
-def of_class(w): return f'class <b>{w.classes[w.label]}</b>' if w.label >= 0 else 'of no class'
+def of_class(w): return f'class <b>{w.names[w.label]}</b>' if w.label >= 0 else 'of no class'
 
 def in_words(w:Watched)->str:
     "Where the run stands, and what that is worth."
@@ -222,7 +233,7 @@ def in_words(w:Watched)->str:
     c = w.now
     m = len(w.votes)
     chosen = w.chosen_by.tolist().count(c.selected)
-    words += (f'{chosen} of {N0} votes chose class {w.classes[c.selected]}; '
+    words += (f'{chosen} of {N0} votes chose class {w.names[c.selected]}; '
               f'<b>{c.counts[c.selected]:,} of {m:,}</b> fresh ones agree')
     if w.stopped:
         return words + (f'.<br><b>Stopped before N = {w.n:,}: no certificate.</b> '
@@ -278,12 +289,12 @@ def image_traces(w:Watched, top)->dict:
     "The image, its noisy copies, what the network calls them, and the votes class by class."
     canvas, x, y = mosaic(w.pictures)
     said = w.votes[:COPIES].tolist() or [None] * COPIES
-    def named(shown): return [w.classes[v] if v is not None and shown(v) else '' for v in said]
+    def named(shown): return [w.labels[v] if v is not None and shown(v) else '' for v in said]
     classes = shown_classes(w)
     counts = np.bincount(w.votes, minlength=w.num_classes)[classes]
     return {
         'pictures': dict(z=canvas),
-        'true': dict(x=x[:1], y=y[:1], text=[f'the image: {w.classes[w.label]}' if w.label >= 0 else 'the image']),
+        'true': dict(x=x[:1], y=y[:1], text=[f'the image: {w.labels[w.label]}' if w.label >= 0 else 'the image']),
         'said chosen': dict(x=x[1:], y=y[1:], text=named(lambda v: v == top)),
         'said other': dict(x=x[1:], y=y[1:], text=named(lambda v: v != top)),
         'votes chosen': bars(classes, counts, classes == top),
@@ -342,7 +353,7 @@ def smooth_axes(w:Watched)->dict:
     classes = shown_classes(w)
     long = max(map(len, w.classes)) > 4
     true = ', true' if long else '<br>true'
-    names = [f'<b>{w.classes[c]}</b>{true}' if c == w.label else w.classes[c] for c in classes]
+    names = [f'<b>{w.names[c]}</b>{true}' if c == w.label else w.names[c] for c in classes]
     top = max_radius(w.sigma, w.n, w.alpha)
     decades = [0, np.log10(max(w.n, 10))]
     return {'xaxis.range': [-.5, width - .5], 'yaxis.range': [height - .5, -.5],

@@ -14,6 +14,7 @@ __all__ = ['MOST', 'NOISES', 'SIGMA', 'MANY', 'STEP', 'REAL', 'THIN', 'NOW', 'LO
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from html import escape
 from itertools import chain
 
 import ipywidgets as W
@@ -94,8 +95,8 @@ class Subject:
         with torch.no_grad(): return int(self.model(self.images[[image]]).argmax())
 
     def name(self, image):
-        "What is on it."
-        label = self.classes[self.label(image)]
+        "What is on it, in HTML."
+        label = escape(self.classes[self.label(image)], quote=False)
         return label if self.labels[image] >= 0 else f'taken for {label}'
 
 def subject(name)->Subject:
@@ -127,7 +128,7 @@ def drawn(image, sigma, number):
 class Attacked:
     "An image whose noises moved."
     walk: Walk
-    name: str   # what is on it
+    name: str   # what is on it, in HTML
 
 def image_walk(model, image, eps, norm)->Attacked:
     "The noises of an image."
