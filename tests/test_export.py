@@ -1,4 +1,9 @@
 """Pages without a kernel: opened from a file, moved in a browser, and compared with the explorer itself."""
+import gzip
+import json
+import re
+from base64 import b64decode
+
 import numpy as np
 import pytest
 
@@ -46,21 +51,62 @@ def test_a_slider_moves_without_a_kernel(browser, tmp_path):
     assert errors == []
     assert [url for url in asked if not url.startswith(('file:', 'blob:', 'data:'))] == []
 
-@pytest.mark.parametrize('name', ['acr', 'methods', 'p_a', 'sequential'])
-def test_other_pages_can_be_saved(browser, tmp_path, name):
+DRAWN = "[...document.querySelectorAll('#plot .overplot :is(path, image)')].map(part => part.outerHTML).join()"
+
+def content_of(path):
+    "What a page shows at each place of its sliders, unpacked."
+    packed = re.search('id="pictures">([^<]+)', path.read_text())[1]
+    return json.loads(gzip.decompress(b64decode(packed)))
+
+def elsewhere(content, slider, stop):
+    "The picture with one slider at another stop."
+    place = [each['start'] for each in content['sliders']]
+    place[slider] = stop
+    return content['pictures'][','.join(map(str, place))]
+
+def few_stops(explorer):
+    "As its page is, but for two or three stops of each slider."
+    first = next(name for name, control in explorer.controls.items() if moves(control))
+    explorer.travels = dict.fromkeys(explorer.travels or [first], 2)
+    return {name: stops_of(explorer.controls[name], 2) for name in explorer.travels}
+
+@pytest.mark.parametrize('name', explorers())
+def test_every_page_is_whole_and_every_slider_moves_its_drawing(browser, tmp_path, name):
     explorer = explorers()[name]()
+    stops = few_stops(explorer)
+    view = explorer.toggle.value
     path = explorer.export(tmp_path/f'{name}.html')
-    still = [control for control in explorer.controls.values() if not moves(control) and control.value != ()]
+    content = content_of(path)
+    assert explorer.toggle.value == view
+    still = [control for key, control in explorer.controls.items() if key not in stops and control.value != ()]
     assert all(f'{control.description}: ' in path.read_text() for control in still)
-    assert path.stat().st_size < 4e6
+    seen = {trace['name'] for trace in content['first']['data'] if trace.get('visible', True)}
+    assert seen == {trace.name for trace in shown(explorer).values() if trace.visible is not False}, 'not all panels'
+    for i, each in enumerate(stops.values()):
+        changes = [keys for stop in range(len(each.values)) for keys in elsewhere(content, i, stop)['data'].values()]
+        assert any(keys.keys() & set('xyz') for keys in changes), f'{each.name} moves nothing that is drawn'
+    key, first = next(iter(stops.items()))
+    explorer.go({key: first.values[0]})
+    assert elsewhere(content, 0, 0)['legend'] == explorer.key.value
+
     page = browser.new_page()
+    errors = []
+    page.on('pageerror', lambda error: errors.append(str(error)))
     page.goto(path.as_uri())
     page.wait_for_selector('body[data-ready]', timeout=120_000)
     assert 'add runs' not in page.inner_text('#fixed')                    # nobody came through that door
-    names = page.locator('#sliders label').all_inner_texts()
-    moving = [explorer.controls[key].description for key in explorer.travels] or ['radius']
-    assert len(names) == len(moving)
-    for said, wanted in zip(names, moving): assert said.startswith(wanted)
+    labels = page.locator('#sliders label').all_inner_texts()
+    assert [label.startswith(each.name) for label, each in zip(labels, stops.values(), strict=True)]
+    for i, each in enumerate(stops.values()):
+        before = page.evaluate(DRAWN)
+        page.locator('input').nth(i).press('ArrowLeft' if each.start else 'ArrowRight')
+        page.wait_for_function(f'before => {DRAWN} !== before', arg=before, timeout=20_000)
+    assert errors == []
+    page.close()
+
+@pytest.mark.parametrize('name', ['boxes', 'landscape'])
+def test_the_largest_pages_have_a_few_megabytes(tmp_path, name):
+    assert explorers()[name]().export(tmp_path/'page.html').stat().st_size < 5e6
 
 def test_the_button_says_where_the_page_lies(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

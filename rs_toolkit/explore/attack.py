@@ -487,7 +487,7 @@ def attack_figure(
     square = dict(range=[0, 2.05], dtick=.5)
     fig.update_xaxes(square, title='certified radius', row=2, col=2)
     fig.update_yaxes(square, title='smallest change that was found', row=2, col=2)
-    look = dict(height=660, margin=dict(l=60, r=40, t=40, b=55), hovermode='closest')
+    look = dict(height=800, margin=dict(l=60, r=40, t=40, b=55), hovermode='closest')
     return common_look(fig, **look).update_layout(attack_axes(s))
 
 def attack_axes(s:Siege)->dict:
@@ -707,7 +707,7 @@ class AttackExplorer(NetworkPage):
         words = siege_in_words(s, budget, self.before) if self.toggle.value != ALL else run_in_words(self.rows, budget)
         return attack_traces(s, budget, self.rows), words, attack_axes(s)
 
-    def legend(self): return ALL_LEGEND if self.toggle.value == ALL else LEGEND
+    def legend(self): return {ONE: LEGEND, ALL: ALL_LEGEND}.get(self.toggle.value, LEGEND + ALL_LEGEND)
 
     def redraw(self):
         "Show the siege; one that has just begun has nothing to show."

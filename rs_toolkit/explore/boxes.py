@@ -527,7 +527,7 @@ class BoxesExplorer(Explorer):
         return boxes_traces(s, self.shown), in_words(s), boxes_layout(s, self.shown)
 
     def legend(self):
-        more = {'layer by layer': LAYER_LEGEND, 'all networks': SHARE_LEGEND}
+        more = {'layer by layer': LAYER_LEGEND, 'all networks': SHARE_LEGEND, EVERY: LAYER_LEGEND + SHARE_LEGEND}
         return LEGEND + more.get(self.toggle.value, [])
 
     def clicked(self, name, x, y):

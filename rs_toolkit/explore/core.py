@@ -687,20 +687,23 @@ class Explorer:
     def export(self,
         path,      # of the file to write
     )->Path:
-        "One HTML file whose sliders move without a kernel: `travels` are its controls, all else stays as it is now."
+        "One HTML file of all panels, without a kernel: the sliders of `travels` move, all else stays as it is now."
         travels = self.travels or {next(name for name, control in self.controls.items() if moves(control)): 24}
         moving = {name: self.controls[name] for name in travels}
         sliders = [stops_of(control, travels[name]) for name, control in moving.items()]
         before = self.values                    # all of them: one control may take another along
+        view = self.toggle.value
+        self.put(self.toggle, EVERY)
         pictures = {}
         for place in places_of(sliders):
             self.go(before | {name: slider.values[i] for name, slider, i in zip(moving, sliders, place)})
-            pictures[place] = seen(self.fig, self.words.value)
+            pictures[place] = seen(self.fig, self.words.value, self.key.value)
+        self.put(self.toggle, view)
         self.go(before)
         fixed = [said_by(control) for name, control in self.controls.items()
                  if name not in moving and control.value != ()]      # such as a door through which nobody came
         title = getdoc(type(self)).partition('\n')[0]
-        write_file(path, html_page(title, sliders, pictures, '; '.join(fixed), self.key.value).encode())
+        write_file(path, html_page(title, sliders, pictures, '; '.join(fixed)).encode())
         return Path(path)
 
     def save(self, _=None):

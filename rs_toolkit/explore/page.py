@@ -69,6 +69,7 @@ def said_by(
         chosen = [value] if value in values else value                     # one of them, or several
         words = ', '.join(names[values.index(one)] for one in chosen)
     elif hasattr(control, 'readout_format'): words = format(value, control.readout_format)
+    elif isinstance(value, bool): words = 'yes' if value else 'no'
     else: words = str(value)
     return f'{control.description}: {words}'
 
@@ -78,15 +79,17 @@ class Picture:
     "What is seen where the sliders stand."
     figure: dict    # data and layout, as plotly writes them
     words: str      # HTML
+    legend: str     # HTML: what the lines mean
 
 def seen(
     fig:go.Figure,
     words:str,      # HTML
+    legend='',      # HTML
 )->Picture:
     "A figure as it is now; numbers as binary."
     figure = json.loads(fig.to_json())
     figure['layout'].pop('template', None)
-    return Picture(figure, words)
+    return Picture(figure, words, legend)
 
 def apart(now, first):
     "The entries of a dict that are not as they were."
@@ -97,7 +100,7 @@ def difference(picture:Picture, first:Picture)->dict:
     "What a page stores of a picture."
     before = first.figure['data']
     traces = {i: apart(trace, before[i] if i < len(before) else {}) for i, trace in enumerate(picture.figure['data'])}
-    return dict(words=picture.words,
+    return dict(words=picture.words, legend=picture.legend,
                 data={i: keys for i, keys in traces.items() if keys},
                 layout=apart(picture.figure['layout'], first.figure['layout']))
 
@@ -109,6 +112,7 @@ h1 { font-size: 1.3em; margin: .3em 0; }
 label { display: inline-flex; gap: .6em; align-items: center; margin-right: 2em; }
 input { width: min(320px, 45vw); }
 output { min-width: 5em; font-variant-numeric: tabular-nums; }
+#sliders { position: sticky; top: 0; z-index: 1; background: #fff; }
 #words { min-height: 4.5em; }
 #frame { overflow-x: auto; }
 #plot { min-width: 640px; }
@@ -133,7 +137,9 @@ const open = async () => {
         const picture = page.pictures[at.join()];
         const count = Math.max(data.length, ...Object.keys(picture.data).map(i => +i + 1));
         const traces = Array.from({ length: count }, (_, i) => filled(data[i], picture.data[i]));
-        document.getElementById('words').innerHTML = picture.words;
+        for (const part of ['words', 'legend']) document.getElementById(part).innerHTML = picture[part];
+        const words = document.getElementById('words');
+        words.style.minHeight = `${words.offsetHeight}px`;            // fewer words leave the figure where it is
         const look = { ...filled(layout, picture.layout), width: undefined, autosize: true };
         return Plotly.react('plot', traces, look, { responsive: true, displaylogo: false });
     };
@@ -167,7 +173,6 @@ def html_page(
     sliders:list,   # of `Stops`
     pictures:dict,  # place of each slider, a tuple -> `Picture`
     fixed='',       # text: what else holds
-    legend='',      # HTML: what the lines mean
 )->str:             # HTML, complete
     "One file whose sliders move. It needs a browser, and nothing else."
     first = pictures[tuple(slider.start for slider in sliders)]
@@ -179,7 +184,7 @@ def html_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<title>{escape(title)}</title><style>{STYLE}</style></head><body>',
         f'<h1>{escape(title)}</h1><div id="sliders"></div><div id="words" role="status"></div>',
-        f'<div>{legend}</div><div id="frame"><div id="plot"></div></div>',
+        '<div id="legend"></div><div id="frame"><div id="plot"></div></div>',
         f'<p id="fixed">{escape(fixed)}</p>',
         _packed('plotly', get_plotlyjs()), _packed('pictures', content),
         f'<script>{SCRIPT}</script></body></html>'])

@@ -313,7 +313,8 @@ def bound_traces(n, at, certificates)->dict:
         'share': dict(x=at, y=share),
         'bound': dict(x=at, y=bound),
         'share end': dict(x=at[end], y=share[end], text=[f'share {p:.4f} ' for p in share[end]]),
-        'bound end': dict(x=at[end], y=bound[end], text=[f'bound {probability(p)} ' for p in bound[end]]),
+        'bound end': dict(x=at[end], y=[p - .03 for p in bound[end]],
+                          text=[f'bound {probability(p)} ' for p in bound[end]]),
     }
 
 # %% ../../nbs/explore/how/smooth.ipynb #96660ff2
