@@ -138,6 +138,12 @@ def test_only_what_compares_is_offered():
     move(e, run=FIRST, second=SECOND)
     check_acr(e)
 
+def test_a_run_whose_radii_have_no_average_does_not_stop_the_page():
+    "Certified sequentially, at the radii of a table."
+    e = ACRExplorer(own='data/cifar10-methods/consistency')
+    assert 'my consistency does not stand beside SODM' in e.words.value and 'N = 10' in e.words.value
+    assert 'my consistency' not in e.controls['second'].options
+
 def test_the_page_opens_where_a_few_million_samples_decide():
     e = ACRExplorer()
     assert 1e6 < e.pair.budget < 1e7 and 10**e.fig.layout.xaxis.range[1] <= 1e8

@@ -94,8 +94,9 @@ WEAKER = 'SODM (digits, equal epochs)', 'MACER (digits, equal epochs)'          
 
 def folders_of_runs(
 )->dict:  # name -> folder
-    "Our own runs: each by its method and what it was trained for."
-    return {f'{run.name} ({run.group})': run.folder for run in shipped_runs()}
+    "Our own runs whose radii have an average: each by its method and what it was trained for."
+    runs = [run for run in shipped_runs() if not run.parameters.get('procedure')]
+    return {f'{run.name} ({run.group})': run.folder for run in runs}
 
 def opening_pair()->Pair:
     "Two classifiers with one ACR."
@@ -349,7 +350,7 @@ class ACRExplorer(Explorer):
         first, second = WEAKER if runs is None else ([*come][0], [*come][-1])
         self.runs = open_pair((come[first], come[second]))
         self.offered = first, come  # the run whose partners the second list has, and who was there
-        most = max(run.votes.drawn for run in come.values())
+        most = max(run.votes.drawn for run in come.values() if not why_not(run.votes, run.votes))
         super().__init__(dict(
             run=W.Dropdown(options=[*come], value=first, description='first run'),
             second=W.Dropdown(options=partners(come, first), value=second, description='second run'),
