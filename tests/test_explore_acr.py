@@ -207,6 +207,9 @@ def test_a_click_shows_images():
     assert 'SmoothAdv' in e.cases.title.value and len(e.cases.tiles.children) == 6
     e.clicked('level A', 1e6, .4)
     assert 'SmoothAdv' in e.cases.title.value
+    e.cases.line.label = e.values['run']
+    e.cases.button.click()
+    assert e.values['run'] in e.cases.title.value
     move(e, dropped=.5)
     assert not e.cases.tiles.children
 

@@ -28,7 +28,7 @@ def write_mnist(folder):
 
 def test_torchvisions_files_are_shown_and_nothing_is_downloaded(run):
     folder, rows = run
-    cases = Cases()
+    cases = Cases(ask=print)
     cases.show('mine', folder, rows, 'here')
     assert 'the images of mnist are not here' in cases.title.value and 'image/png' not in cases.tiles.children[0].value
     write_mnist(folder/'data/cache/MNIST/raw')
@@ -38,6 +38,6 @@ def test_torchvisions_files_are_shown_and_nothing_is_downloaded(run):
 
 def test_a_place_without_images(run):
     folder, rows = run
-    cases = Cases()
+    cases = Cases(ask=print)
     cases.show('<i>', folder, rows[:0], 'here')
     assert '&lt;i&gt;: no image stands there' in cases.title.value and not cases.tiles.children

@@ -218,6 +218,17 @@ def test_clicks_add_points_and_the_network_learns_them():
     assert e.worker.wait()
     check(e)
 
+def test_a_point_is_added_without_a_mouse():
+    e = LandscapeExplorer(x=.35, y=.8)
+    clicks = e.controls['points']
+    clicks.way.value = 1
+    clicks.here.click()
+    assert clicks.value == ((.35, .8, 1),)
+    assert e.worker.wait()
+    move(e, problem='half-space')
+    clicks.here.click()
+    assert len(clicks.value) == 1 and complains(e, 'nobody trains the half-space')
+
 def test_a_page_of_ones_own_points():
     e = LandscapeExplorer(problem=OWN, points=[(.3, .2, 0), (.7, .8, 1)])
     images, labels = e.landscape.scene.images, e.landscape.scene.labels

@@ -232,6 +232,9 @@ def test_a_click_shows_images():
     e = MethodsExplorer('digits, equal epochs')
     e.clicked('line 0', .9, .5)
     assert 'ACR paper' in e.cases.title.value and len(e.cases.tiles.children) == 6
+    e.cases.line.label = 'MACER, σ = 0.5'
+    e.cases.button.click()
+    assert 'MACER' in e.cases.title.value and 'certified to about 0.500' in e.cases.title.value
     move(e, source='CIFAR-10, published')
     assert not e.cases.tiles.children
     e.clicked('line 0', .5, .5)

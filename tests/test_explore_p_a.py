@@ -254,6 +254,11 @@ def test_a_click_shows_the_images_behind_a_line():
     move(e, alpha=.01)
     assert 'Click a line' in e.cases.title.value and not e.cases.tiles.children
 
+    e.cases.line.label = 'CAT-RS'                         # without a mouse
+    e.cases.radius.value = .7
+    e.cases.button.click()
+    assert 'CAT-RS' in e.cases.title.value and 'certified to about 0.700' in e.cases.title.value
+
 def test_more_votes_of_ones_own_are_certified_where_others_are_projected(tmp_path):
     rows = pd.read_csv(ROOT/'data/digits-methods/equal_epochs/acr/certify.tsv', sep='\t')
     more = rows.assign(n=100_000, n_a=10 * rows.n_a, n_true=10 * rows.n_true)

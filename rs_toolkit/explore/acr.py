@@ -344,7 +344,7 @@ class ACRExplorer(Explorer):
         own=(),     # more of them, likewise
     ):
         self.ours = guests(folders_of_runs() if runs is None else runs)
-        self.cases = Cases()
+        self.cases = Cases(self.point)
         door = Door(own)
         come = {run.name: run for run in (*self.ours, *door.value)}
         first, second = WEAKER if runs is None else ([*come][0], [*come][-1])
@@ -407,7 +407,7 @@ class ACRExplorer(Explorer):
 
     def picture(self):
         p = self.pair
-        self.cases.clear()
+        self.cases.offer(dict(zip(self.chosen, ['curve A', 'curve B'])))
         return acr_traces(p), self.trouble + in_words(p), acr_layout(p)
 
     def clicked(self, name, x, y):

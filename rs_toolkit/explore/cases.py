@@ -81,15 +81,28 @@ def case_in_words(
     return '<br>'.join(words)
 
 # %% ../../nbs/explore/00_cases.ipynb #2db30d04
-HINT = 'Click a line to see the images that stand there.'
+HINT = 'Click a line to see the images that stand there, or choose one.'
 
 class Cases(W.VBox):
     "Images behind a point of a curve."
-    def __init__(self):
+    def __init__(self,
+        ask,  # called with a line and a radius, which somebody chose
+    ):
         self.title = W.HTML(HINT)
+        self.line = W.Dropdown(description='images of', layout=dict(width='320px'))
+        self.radius = W.BoundedFloatText(.5, min=0, max=100, step=.05, description='at radius', layout=dict(width='170px'))
+        self.button = W.Button(description='show', layout=dict(width='auto'))
+        self.button.on_click(lambda _: ask(self.line.value, self.radius.value))
         self.tiles = W.HBox(layout=dict(flex_flow='row wrap'))
         self.stage = W.VBox()
-        super().__init__([self.title, self.tiles, self.stage])
+        super().__init__([self.title, W.HBox([self.line, self.radius, self.button]), self.tiles, self.stage])
+
+    def offer(self,
+        lines:dict,  # what they are called -> line
+    ):
+        "What can be chosen; nothing else is shown."
+        self.clear()
+        if self.line.options != tuple(lines.items()): self.line.options = tuple(lines.items())
 
     def show(self,
         name:str,           # of the run, text

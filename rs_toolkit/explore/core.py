@@ -547,8 +547,11 @@ class Explorer:
 
     def pointed(self, trace, points, state):
         "Called for every trace at a click; `points` is empty but for those that were hit."
-        if not points.point_inds: return
-        try: self.clicked(trace.name, points.xs[0], points.ys[0])
+        if points.point_inds: self.point(trace.name, points.xs[0], points.ys[0])
+
+    def point(self, name, x, y=None):
+        "What a click does, for buttons too: y is left out where only x counts."
+        try: self.clicked(name, x, y)
         except (ValueError, OSError) as error: self.complain(error)
 
     def grip(self,

@@ -382,8 +382,9 @@ class Clicks(W.HBox):
         adds = [(f'adds a point, {name}', label) for label, name in enumerate(NAMES)]
         self.description = 'added points'
         self.way = W.Dropdown(options=[(MOVES, MOVES), *adds, (REMOVES, REMOVES)], description='a click')
+        self.here = W.Button(icon='crosshairs', tooltip='click at pixel 1, pixel 2', layout=dict(width='40px'))
         self.clear = W.Button(icon='trash', tooltip='without the points that were added', layout=dict(width='40px'))
-        super().__init__([self.way, self.clear])
+        super().__init__([self.way, self.here, self.clear])
         self.way.layout = dict(width='auto', flex='1 1 auto')
         self.clear.on_click(lambda _: setattr(self, 'value', ()))
         self.value = tuple(tuple(point) for point in value)
@@ -420,6 +421,7 @@ class LandscapeExplorer(Explorer):
             x=W.FloatSlider(s.x, min=0, max=1, step=.01, description='pixel 1'),
             y=W.FloatSlider(s.y, min=0, max=1, step=.01, description='pixel 2'),
             points=clicks))
+        clicks.here.on_click(lambda _: self.point('here', self.values['x'], self.values['y']))
         self.grip((1, 1), (1, 2))
 
     @property

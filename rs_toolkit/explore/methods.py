@@ -575,7 +575,7 @@ class MethodsExplorer(Explorer):
     ):
         self.opened = None      # source and runs of which the rows are
         self.choice = None      # what is shown
-        self.cases = Cases()
+        self.cases = Cases(self.point)
         door = Door(own)
         self.brought = door.value   # who was there last
         if source is None: source = MINE if door.value else 'CIFAR-10, published'
@@ -637,7 +637,8 @@ class MethodsExplorer(Explorer):
     def picture(self):
         c = self.chosen()
         traces, layout = method_traces(c, self.source.cost)
-        self.cases.clear()
+        names = [f'{method}, σ = {sigma:g}' for method, sigma in c.lines]
+        self.cases.offer({name: f'line {i}' for i, name in enumerate(names)})
         return traces, self.source.trouble + in_words(c, self.source.note), layout
 
     def clicked(self, name, x, y):

@@ -359,7 +359,7 @@ class PAExplorer(Explorer):
         self.opened = None      # the data and the guests that were opened last
         self.trouble = ''       # what was wrong with them
         self.table = W.HTML()
-        self.cases = Cases()
+        self.cases = Cases(self.point)
         door = Door(own)
         super().__init__(dict(
             n=log_slider('samples N', 10_000, 2, 6, step=.1, readout=',.0f'),
@@ -405,7 +405,7 @@ class PAExplorer(Explorer):
     def picture(self):
         traces, axes = p_a_traces(self.page)
         self.table.value = table_in_words(self.page)
-        self.cases.clear()
+        self.cases.offer({name: f'accuracy {i}' for i, name in enumerate(self.page.runs)})
         return traces, self.trouble + in_words(self.page), axes
 
     def clicked(self, name, x, y):
