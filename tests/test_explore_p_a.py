@@ -254,6 +254,7 @@ def test_a_click_shows_the_images_behind_a_line():
     move(e, alpha=.01)
     assert 'Click a line' in e.cases.title.value and not e.cases.tiles.children
 
+    assert e.cases.line.label == 'Gaussian m=4'
     e.cases.line.label = 'CAT-RS'                         # without a mouse
     e.cases.radius.value = .7
     e.cases.button.click()

@@ -102,7 +102,9 @@ class Cases(W.VBox):
     ):
         "What can be chosen; nothing else is shown."
         self.clear()
-        if self.line.options != tuple(lines.items()): self.line.options = tuple(lines.items())
+        if self.line.options == tuple(lines.items()): return
+        self.line.options = tuple(lines.items())
+        self.line.index = 0 if lines else None
 
     def show(self,
         name:str,           # of the run, text
