@@ -18,7 +18,6 @@ from traitlets import Tuple
 
 # %% ../../nbs/explore/00_door.ipynb #3f7e409a
 from ..common import document, locate, package_folder, project_folder
-from ..data import NORMALIZATIONS, STATISTICS
 from ..distribution import log_of, open_log
 from .core import Votes, alert
 
@@ -30,7 +29,8 @@ FACTS = {  # what a file may leave out -> (how it is written, what it says in an
     'normalization': ('normalised', ''), 'constants': ('constants', '')}
 OF_LOGS = ('sigma', 'n0', 'n', 'alpha', 'split')
 OF_NETWORKS = ('dataset', 'arch', 'normalization', 'constants')
-CHOICES = dict(split=['', 'test', 'train'], normalization=['', *NORMALIZATIONS], constants=['', *STATISTICS])
+CHOICES = dict(split=['', 'test', 'train'], normalization=['', 'standard', 'center', 'none'],
+               constants=['', 'cifar10', 'cifar100', 'imagenet'])
 OPTIONAL = OF_NETWORKS          # empty: what ships for the network's size; as the file says
 
 @lru_cache(64)
