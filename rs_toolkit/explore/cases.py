@@ -90,7 +90,8 @@ class Cases(W.VBox):
     ):
         self.title = W.HTML(HINT)
         self.line = W.Dropdown(description='images of', layout=dict(width='320px'))
-        self.radius = W.BoundedFloatText(.5, min=0, max=100, step=.05, description='at radius', layout=dict(width='170px'))
+        self.radius = W.BoundedFloatText(.5, min=0, max=100, step=.05, description='at radius',
+                                         layout=dict(width='170px'))
         self.button = W.Button(description='show', layout=dict(width='auto'))
         self.button.on_click(lambda _: ask(self.line.value, self.radius.value))
         self.tiles = W.HBox(layout=dict(flex_flow='row wrap'))

@@ -102,7 +102,7 @@ SOURCES = {
         'CIFAR-10 (JPEG copy)', 'Our own runs: ResNet-20, 200 test images, N = 10,000. '
         'Training was interrupted, so its time says nothing.', timed=False),
     'CIFAR-10, from one network': ours(
-        'CIFAR-10, from one network', 'Our own runs: ResNet-20, two epochs of each method from the same Gaussian network; '
+        'CIFAR-10, from one network', 'Our own runs: ResNet-20, two epochs of each method from one Gaussian network; '
         '100 test images of the JPEG copy, N = 10,000 at most.', timed=False),
 }
 
