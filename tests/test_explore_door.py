@@ -10,6 +10,7 @@ from rs_toolkit.common import data_folder
 from rs_toolkit.explore.door import Door, guests, unpack
 
 CRT = data_folder()/'digits-crt'
+
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     (tmp_path/'settings.ini').touch()           # a project of its own

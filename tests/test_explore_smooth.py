@@ -345,7 +345,7 @@ def test_a_checkpoint_of_the_field_is_told_by_whose_constants_it_normalises(tmp_
     "Tensors alone, as the published scripts leave them, and images of a folder, which has no constants of its own."
     model = build('cifar_resnet20', 2, 3, 32, *statistics_of('cifar10', 'standard')).eval()
     torch.save({'arch': 'cifar_resnet20', 'state_dict': model[1].state_dict()}, tmp_path/'theirs.pth')
-    coloured_images(tmp_path/'images', size=32)
+    coloured_images(tmp_path/'images', size=48)
     e = SmoothExplorer(**N)
     door = e.controls['folder']
     door.fields['dataset'].value = f'folder:{tmp_path}/images'

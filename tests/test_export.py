@@ -96,7 +96,7 @@ def test_every_page_is_whole_and_every_slider_moves_its_drawing(browser, tmp_pat
     page.wait_for_selector('body[data-ready]', timeout=120_000)
     assert 'add runs' not in page.inner_text('#fixed')                    # nobody came through that door
     labels = page.locator('#sliders label').all_inner_texts()
-    assert [label.startswith(each.name) for label, each in zip(labels, stops.values(), strict=True)]
+    assert all(label.startswith(each.name) for label, each in zip(labels, stops.values(), strict=True))
     for i, each in enumerate(stops.values()):
         before = page.evaluate(DRAWN)
         page.locator('input').nth(i).press('ArrowLeft' if each.start else 'ArrowRight')

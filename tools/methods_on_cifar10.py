@@ -1,6 +1,6 @@
 """Every method on CIFAR-10 images, from one network: how far the same short training moves it.
 
-    python tools/methods_on_cifar10.py                     (three hours on one core)
+    python tools/methods_on_cifar10.py                     (four hours on one core)
     python tools/methods_on_cifar10.py macer smoothadv     (some methods)
     python tools/methods_on_cifar10.py --keep              (what is finished goes into data/cifar10-methods)
 
@@ -19,12 +19,12 @@ from rs_toolkit.common import unknown
 RUNS = Path('runs/cifar10-methods')
 START = 'data/cifar10-gaussian'
 
-# What all share. The learning rate is a tenth of the recipes', and drops once: the start has been through their drops.
+# What all share. The learning rate is a tenth of most recipes', and drops once: the start has been through their drops.
 SHORT = dict(dataset='folder:data/cache/cifar10-jpeg', arch='cifar_resnet20', start=START, device='cpu',
              train_every=10, epochs=2, batch_size=64, lr=.01, lr_drops=[],
              procedure='sequential', procedure_args=dict(radii=[0, .25, .5, .75]), n=10_000, every=100)
 
-# Fewer copies and steps than in the recipes where an epoch would cost more than twenty plain ones; what a recipe begins
+# Fewer copies and steps than in the recipes where an epoch would cost more than ten plain ones; what a recipe begins
 # late begins at once. In the order in which they run: CRT needs its teacher.
 OWN = {
     'gaussian': {},

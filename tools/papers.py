@@ -2,11 +2,11 @@
 
     python tools/papers.py acr_parts RUNS          Table 3 of the ACR paper (a quarter of an hour on one core)
     python tools/papers.py acr_sweeps RUNS         its Tables 5 to 10
+    python tools/papers.py gentle RUNS             its recipe without the weights, five seeds (a quarter of an hour)
+    python tools/papers.py released LOGS           its Table 2: methods against Gaussian training, on the authors' logs
     python tools/papers.py sodm_parts RUNS         SODM's ablation: the map, rho, n', the interval, beta, plain training
     python tools/papers.py crt_proxy RUNS          Table 1 of the CRT poster: a small teacher first, or none
     python tools/papers.py crt_generations RUNS    its Figures 1 and 2: students of other architectures
-    python tools/papers.py gentle RUNS             its recipe without the weights, with five seeds
-    python tools/papers.py released LOGS           its Table 2: methods against Gaussian training, on the authors' logs
 
 RUNS is where run folders go; a run that is finished is not made again. LOGS holds METHOD_SIGMA.tsv, as released.
 `nbs/papers.ipynb` says which table is which, and what came out.
@@ -27,7 +27,7 @@ def train(out, recipe, given='{}'):
     "Run a recipe, with other values for some of its parameters (YAML), unless that has been done."
     run('train', recipe, out.resolve(), **yaml.safe_load(given))
 
-def ship(out, name): pack(out/'certify.tsv', DATA/f'{name}.tsv.gz')
+def keep_log(out, name): pack(out/'certify.tsv', DATA/f'{name}.tsv.gz')
 
 # What is left of the recipe of the ACR paper without some of its parts, which begin where the discard does.
 # None of the three is the recipe `gaussian4`, all three are `acr`: both are shipped.
@@ -44,14 +44,14 @@ ACR_PARTS = {
 def acr_parts(runs):
     for name, given in ACR_PARTS.items():
         train(runs/name, 'digits/acr_0.5', given)
-        ship(runs/name, f'acr_parts/{name}')
+        keep_log(runs/name, f'acr_parts/{name}')
 
 # What came closest to a recipe that nothing is paid for: no weights; with the seeds and epochs of `tuned_on_digits.py`.
 def gentle(runs):
     for seed in range(5):
         given = yaml.safe_load(ACR_PARTS['discard+attack']) | {'epochs': 30, 'seed': seed}
         train(runs/f'seed_{seed}', 'digits/acr_0.5', yaml.safe_dump(given))
-        ship(runs/f'seed_{seed}', f'gentle/{seed}')
+        keep_log(runs/f'seed_{seed}', f'gentle/{seed}')
 
 # Tables 5 to 10: one parameter at a time, the others as in the recipe for digits. E_t is a part of the run, as the
 # paper's 50 to 130 of 150 epochs; 64 pixels instead of 3,072 want smaller steps than the paper's.
@@ -93,7 +93,7 @@ SODM_PARTS = {
 def sodm_parts(runs):
     for name, given in SODM_PARTS.items():
         train(runs/name, 'digits/sodm_0.5', given)
-        ship(runs/name, f'sodm_parts/{name}')
+        keep_log(runs/name, f'sodm_parts/{name}')
 
 GENERATIONS = ['mlp', 'small_cnn', 'cifar_resnet20', 'resnet18', 'resnext50_32x4d', 'regnet_x_400mf']
 

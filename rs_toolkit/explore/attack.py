@@ -696,7 +696,7 @@ class AttackExplorer(NetworkPage):
 
     def load(self):
         model = self.running['model']
-        if model not in self.read: self.read = {model: attacked(self.place_of(model)[0])}
+        if model not in self.read: self.read = {model: attacked(self.whereabouts(model)[0])}
         [self.rows] = self.read.values()
 
     def figure(self): return attack_figure(self.now, self.wanted(), self.rows)

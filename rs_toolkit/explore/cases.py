@@ -121,9 +121,11 @@ class Cases(W.VBox):
         except (ValueError, OSError) as error:
             images, labels = [], []
             missing = alert(str(error))
-        n, alpha = (rows[name].iloc[0] for name in ('n', 'alpha'))
+        few = rows.n.min()
+        many = rows.n.max()
+        n = f'{few:,}' if few == many else f'{few:,} to {many:,}'
         self.title.value = (f'<div role="status"><b>{escape(name)}</b>, images {place}, as they were certified '
-                            f'(N = {n:,}, α = {alpha:.2g}):</div>{missing}')
+                            f'(N = {n}, α = {rows.alpha.iloc[0]:.2g}):</div>{missing}')
         weights = log_of(run).parent/'model.safetensors'
         self.tiles.children = [self.tile(row, images, labels, weights) for row in rows.itertuples()]
 

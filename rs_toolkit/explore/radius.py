@@ -159,7 +159,8 @@ def votes_traces(s:Setting)->dict:
         'slope if known': dict(x=placed(s, KNOWN), y=sensitivity(KNOWN, s.sigma)),
         'slope now': dict(x=[placed(s, now)], y=[worth], text=[f'{short(worth)} ']),
         'bound': dict(x=nines(share), y=nines(bound)),
-        'bound label': dict(x=[FLOOR], y=1.6 * nines(bound[-1:]), text=[f'{probability(bound[-1])} ']),
+        'bound label': dict(x=[FLOOR], y=1.6 * nines(bound[-1:]),                      # beside its line
+                            text=[f'{probability(bound[-1])} ']),
         'bound if known': dict(x=[.6, FLOOR], y=[.6, FLOOR]),
         'bound now': dict(x=[nines(now)], y=[nines(s.bound)], text=[f' {probability(s.bound)}']),
     }

@@ -46,8 +46,9 @@ def class_names(
     dataset = str(metadata.get('dataset', ''))
     count = metadata['num_classes']
     path = dataset.removeprefix('folder:')
-    if path.rpartition('/')[2].startswith('cifar10') and count == 10: return CIFAR10
     own = folder_classes(path) if dataset.startswith('folder:') else []
+    if len(own) == count and not all(map(str.isdecimal, own)): return tuple(own)
+    if path.rpartition('/')[2].startswith('cifar10') and count == 10: return CIFAR10
     return tuple(own if len(own) == count else map(str, range(count)))
 
 def is_here(dataset):
@@ -87,7 +88,9 @@ def trained(
     if not constants and ':' not in dataset: constants = dataset
     if dataset.startswith('folder:'): dataset = f"folder:{locate(dataset.removeprefix('folder:'))}"
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = load_checkpoint(file, arch or None, constants or None, normalization or None)
+    told_apart = constants and dataset.startswith('folder:')       # else constants are of images of that size
+    size = load(dataset, 'test')[0].shape[-1] if told_apart else None
+    model = load_checkpoint(file, arch or None, constants or None, normalization or None, size)
     if dataset: model.metadata = model.metadata | dict(dataset=dataset)        # whose classes have names
     images, labels = pictures_for(model.metadata, dataset)
     wanted = [model.metadata[name] for name in ('in_channels', 'image_size', 'image_size')]
@@ -313,7 +316,7 @@ def bound_traces(n, at, certificates)->dict:
         'share': dict(x=at, y=share),
         'bound': dict(x=at, y=bound),
         'share end': dict(x=at[end], y=share[end], text=[f'share {p:.4f} ' for p in share[end]]),
-        'bound end': dict(x=at[end], y=[p - .03 for p in bound[end]],
+        'bound end': dict(x=at[end], y=[p - .03 for p in bound[end]],                  # below its line
                           text=[f'bound {probability(p)} ' for p in bound[end]]),
     }
 
@@ -474,12 +477,12 @@ class NetworkPage(Explorer):
 
     def open(self, model):
         "Network, images and labels; the last is remembered."
-        place, facts = self.place_of(model)
+        place, facts = self.whereabouts(model)
         found = self.opened.get(model) or trained(place, **facts)
         self.opened = {model: found}
         return found
 
-    def place_of(self, model):
+    def whereabouts(self, model):
         "Where a network lies, and what was told about it."
         return (model.path, dict(model.facts)) if isinstance(model, Network) else (model, {})
 
