@@ -350,7 +350,7 @@ class ACRExplorer(Explorer):
         first, second = WEAKER if runs is None else ([*come][0], [*come][-1])
         self.runs = open_pair((come[first], come[second]))
         self.offered = first, come  # the run whose partners the second list has, and who was there
-        most = max(run.votes.drawn for run in come.values() if not why_not(run.votes, run.votes))
+        most = max(run.votes.drawn for run in come.values() if run.votes.fixed)
         super().__init__(dict(
             run=W.Dropdown(options=[*come], value=first, description='first run'),
             second=W.Dropdown(options=partners(come, first), value=second, description='second run'),

@@ -226,10 +226,12 @@ class Votes:
     def cast(self): return votes_of_log(self.log)
     @cached_property
     def drawn(self): return int(setting(self.log, 'n'))
+    @property
+    def fixed(self): return 'procedure' not in self.log          # all images drew as many
     @cached_property
     def counted(self):
         "Whether the log has them: without, there is one certificate of each image."
-        return 'procedure' not in self.log and self.log[['n_a', 'n_true', 'selected']].notna().all(axis=None)
+        return self.fixed and self.log[['n_a', 'n_true', 'selected']].notna().all(axis=None)
     @cached_property
     def printed(self): return printed(self.log)
     @cached_property
@@ -288,7 +290,7 @@ def alert(words):
     "What went wrong, as text: it may quote what somebody typed."
     return f'<div role="alert" style="color:{ORANGE}">{escape(words)}</div>'
 
-CURE = r'\. (?=(Give|Bring|Certify|Keep) )'     # where `check_comparable` begins to say what to do, in code
+CURE = r'\. (?=(?:Give|Bring|Certify|Keep) )'     # where `check_comparable` begins to say what to do, in code
 
 def refusal(words):
     "What does not compare, and why."

@@ -88,11 +88,12 @@ def trained(
     if not constants and ':' not in dataset: constants = dataset
     if dataset.startswith('folder:'): dataset = f"folder:{locate(dataset.removeprefix('folder:'))}"
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    told_apart = constants and dataset.startswith('folder:')       # else constants are of images of that size
-    size = load(dataset, 'test')[0].shape[-1] if told_apart else None
+    own = constants and dataset.startswith('folder:') and is_here(dataset)     # of any size; else constants say it
+    found = load(dataset, 'test') if own else None
+    size = found[0].shape[-1] if found else None
     model = load_checkpoint(file, arch or None, constants or None, normalization or None, size)
     if dataset: model.metadata = model.metadata | dict(dataset=dataset)        # whose classes have names
-    images, labels = pictures_for(model.metadata, dataset)
+    images, labels = found or pictures_for(model.metadata, dataset)
     wanted = [model.metadata[name] for name in ('in_channels', 'image_size', 'image_size')]
     if list(images.shape[1:]) != wanted:
         raise ValueError(f"the images of {dataset} are {list(images.shape[1:])}, the network takes {wanted}: "
