@@ -150,6 +150,22 @@ def test_a_page_that_is_loaded_again_shows_what_it_showed(written, browser):
         assert same, 'the figure does not show the lines that it showed before'
         lab.press(page, 0, 'ArrowLeft')
 
+SLOW = '''() => {
+    const make = URL.createObjectURL;
+    URL.createObjectURL = blob => {
+        const until = performance.now() + (blob.size > 1e6 ? 3000 : 0);
+        while (performance.now() < until);
+        return make.call(URL, blob);
+    };
+}'''
+
+def test_a_browser_that_takes_seconds_to_load_plotly_shows_a_figure_that_moves(server, browser):
+    with server.notebook(browser, 'nbs/explore/radius.ipynb') as page:
+        page.evaluate(SLOW)                                  # before the 5 MB of plotly become a module
+        lab.run(page)
+        assert page.evaluate("document.querySelector('.js-plotly-plot').data.length") > 1
+        lab.press(page, 0, 'ArrowLeft')
+
 BROKEN = {  # fault -> the cell that makes it, what the test then says
     'cell': ('1/0', 'ZeroDivisionError'),
     'callback': ('slider.observe(lambda _: 1/0, "value")', 'ZeroDivisionError'),
