@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'DEEP', 'GREY', 'COLOUR', 'STATISTICS', 'NORMALIZATIONS', 'AUGMENTATIONS', 'TRAINING', 'ORDER',
-           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'load', 'folder_classes',
-           'read_picture', 'photographs', 'statistics', 'crop_flip', 'resized_crop', 'Stream', 'image_keys',
-           'images_at', 'batches', 'fingerprint', 'check_images', 'check_labels', 'Items', 'some_images']
+           'MAPPING', 'DRAW', 'PREDICTIONS', 'CRAFTING', 'COUNTING', 'JITTER', 'VISIT', 'images_folder', 'load',
+           'folder_classes', 'read_picture', 'photographs', 'statistics', 'crop_flip', 'resized_crop', 'Stream',
+           'image_keys', 'images_at', 'batches', 'fingerprint', 'check_images', 'check_labels', 'Items', 'some_images']
 
 # %% ../nbs/02_data.ipynb #ff779d10
 import hashlib
@@ -28,6 +28,14 @@ from .noise import key_seed
 TORCHVISION = {'mnist': 'MNIST', 'fashion_mnist': 'FashionMNIST', 'cifar10': 'CIFAR10', 'cifar100': 'CIFAR100'}
 
 # %% ../nbs/02_data.ipynb #a4da82e9
+def images_folder(
+    path,    # what stands behind `folder:`
+)->Path:     # as `locate` finds it, else the folder of that name in data/cache
+    "Where a folder data set lies."
+    found = locate(path)
+    cached = project_folder()/'data'/'cache'/path
+    return cached if cached.is_dir() and not found.exists() else found
+
 def load(
     name:str,   # digits, mnist, fashion_mnist, cifar10, cifar100, folder:PATH or imagenet
     split:str,  # train or test
@@ -36,7 +44,7 @@ def load(
     "A whole split, in memory but for imagenet."
     if split not in ('train', 'test'): raise unknown('split', split, ['train', 'test'])
     if name == 'digits': return _digits(split)
-    if name.startswith('folder:'): return _folder(locate(name.removeprefix('folder:')), split)
+    if name.startswith('folder:'): return _folder(images_folder(name.removeprefix('folder:')), split)
     root = Path(root or project_folder()/'data'/'cache').expanduser()
     if name == 'imagenet': return _imagenet(root/name, split)
     if name not in TORCHVISION: raise unknown('data set', name, ['digits', *TORCHVISION, 'folder:PATH', 'imagenet'])
@@ -102,10 +110,10 @@ def _classes(split):
     return sorted(p.name for p in Path(split).iterdir() if p.is_dir() and not p.name.startswith('.'))
 
 def folder_classes(
-    path,    # of a folder data set, wherever `locate` finds it
+    path,    # of a folder data set, wherever `images_folder` finds it
 )->list:     # text, in the order of the labels; empty where there is no such folder
     "What the classes of a folder data set are called."
-    train = locate(path)/'train'
+    train = images_folder(path)/'train'
     return _classes(train) if train.is_dir() else []
 
 def _samples(split):

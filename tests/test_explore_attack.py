@@ -25,6 +25,7 @@ from rs_toolkit.explore.smooth import trained
 from rs_toolkit.models import HalfSpace, build
 
 QUICK = dict(n=1000, steps=3, num_noise=2)
+pytestmark = pytest.mark.usefixtures('digits_first')
 
 @pytest.fixture
 def e():

@@ -27,6 +27,7 @@ from rs_toolkit.log import read_log
 from rs_toolkit.models import build, device_of
 
 N = dict(n=1000)                                       # enough to see, and quick
+pytestmark = pytest.mark.usefixtures('digits_first')
 
 def reached(explorer, condition, seconds=30):
     "Wait until the run in the background has got there."

@@ -24,6 +24,7 @@ from rs_toolkit.noise import gaussian_noise
 
 START = dict(steps=10, eps=.25, norm=2, model='gaussian4', image=2, problem='two moons', point=53, sigma=.15)
 toy = lru_cache(train_toy)
+pytestmark = pytest.mark.usefixtures('digits_first')
 
 def digits_model(name): return checkpoint.load(data_folder()/'digits-methods/equal_epochs'/name)
 

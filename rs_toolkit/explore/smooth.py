@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR10', 'UNPACKED', 'N0', 'COPIES', 'IMAGE', 'NOTHING', 'PICTURES', 'LOOKS', 'TITLES', 'LEGEND', 'class_names',
-           'is_here', 'pictures_for', 'trained', 'tested_on', 'at_hand', 'networks', 'Watched', 'watch', 'outcome',
-           'certificate_in_words', 'of_class', 'in_words', 'thinned', 'mosaic', 'steps', 'shown_classes', 'bars',
-           'image_traces', 'bound_traces', 'radius_traces', 'smooth_traces', 'smooth_axes', 'bar', 'opening_run',
-           'smooth_figure', 'tips_of', 'NetworkPage', 'SmoothExplorer']
+           'is_here', 'pictures_for', 'trained', 'tested_on', 'is_real', 'at_hand', 'networks', 'Watched', 'watch',
+           'outcome', 'certificate_in_words', 'of_class', 'in_words', 'thinned', 'mosaic', 'steps', 'shown_classes',
+           'bars', 'image_traces', 'bound_traces', 'radius_traces', 'smooth_traces', 'smooth_axes', 'bar',
+           'opening_run', 'smooth_figure', 'tips_of', 'NetworkPage', 'SmoothExplorer']
 
 # %% ../../nbs/explore/how/smooth.ipynb #1253e9c6
 import json
@@ -26,7 +26,7 @@ from ..bounds import max_radius
 from ..certify import ABSTAIN, Certificate, noisy_copies, vote_stream
 from ..checkpoint import load as load_checkpoint
 from ..common import check_samples, check_sigma, document, locate, project_folder
-from ..data import folder_classes, load, photographs
+from ..data import folder_classes, images_folder, load, photographs
 from .core import BLUE, GREY, ORANGE, PURPLE, SHADE, Explorer, Tip
 from .core import add_traces, dashed, dot, line, log_slider, panels, shipped_runs, text
 from .door import Door, Network
@@ -53,7 +53,7 @@ def class_names(
 
 def is_here(dataset):
     "Whether a data set can be read without a download."
-    if dataset.startswith('folder:'): return locate(dataset.removeprefix('folder:')).is_dir()
+    if dataset.startswith('folder:'): return images_folder(dataset.removeprefix('folder:')).is_dir()
     return dataset not in UNPACKED or (project_folder()/'data/cache'/UNPACKED[dataset]).is_dir()
 
 def pictures_for(
@@ -86,7 +86,7 @@ def trained(
     file = locate(place)
     if not dataset and not file.is_file(): dataset = tested_on(file)
     if not constants and ':' not in dataset: constants = dataset
-    if dataset.startswith('folder:'): dataset = f"folder:{locate(dataset.removeprefix('folder:'))}"
+    if dataset.startswith('folder:'): dataset = f"folder:{images_folder(dataset.removeprefix('folder:'))}"
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     own = constants and dataset.startswith('folder:') and is_here(dataset)     # of any size; else constants say it
     found = load(dataset, 'test') if own else None
@@ -114,6 +114,11 @@ def tested_on(
                          "it should hold parameters, and dataset among them") from None
 
 # %% ../../nbs/explore/how/smooth.ipynb #977b5196
+def is_real(folder):
+    "Whether it holds a run on CIFAR-10, and its images are at hand."
+    dataset = tested_on(folder)
+    return 'cifar10' in dataset and (is_here(dataset) or is_here('cifar10'))
+
 def at_hand(run):
     "Whether a run that ships has its weights, and there are images for it."
     dataset = run.parameters['dataset']
@@ -121,8 +126,10 @@ def at_hand(run):
 
 def networks(
 )->list:  # (name, folder)
-    "Our own runs that can be watched, the digits' first."
-    def order(run): return len(run.folder.parts), run.folder.name != 'digits-gaussian', run.folder
+    "Our own runs that can be watched, the digits' first, Gaussian training before other methods."
+    def order(run):
+        name = run.folder.name
+        return len(run.folder.parts), name != 'digits-gaussian', not name.endswith('gaussian'), run.folder
     runs = sorted(filter(at_hand, shipped_runs()), key=order)
     return [(f"{run.folder.name}, σ = {run.parameters['sigma']:g}", str(run.folder)) for run in runs]
 
@@ -473,8 +480,15 @@ class NetworkPage(Explorer):
 
     @property
     def first(self):
-        "What the page opens with: the last of one's own, else the first of ours."
-        return self.offered[-1 if self.brought else 0][1] if self.offered else None
+        "What the page opens with: the last of one's own, else one of real images that are at hand, else of digits."
+        ours = [folder for _, folder in self.ours]
+        if self.brought: return self.offered[-1][1]
+        return next(filter(is_real, ours), ours[0] if ours else None)
+
+    @property
+    def slow(self):
+        "Whether that is one of real images: a sample costs the time of fifty digits."
+        return not self.brought and bool(self.ours) and is_real(self.first)
 
     def open(self, model):
         "Network, images and labels; the last is remembered."
@@ -508,7 +522,7 @@ class SmoothExplorer(NetworkPage):
         **start,     # values of the controls
     ):
         door = self.open_door(folder)
-        start = dict(sigma=.25, image=IMAGE, model=self.first, n=10_000, alpha=.001) | start
+        start = dict(sigma=.25, image=IMAGE, model=self.first, n=1_000 if self.slow else 10_000, alpha=.001) | start
         self.tips = tips_of(dict(self.ours))
         self.seed = 0           # of the noise: another one for each run
         *_, self.now = self.sample(0, 0., **start)                         # the page opens with a finished run

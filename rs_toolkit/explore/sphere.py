@@ -30,7 +30,7 @@ from ..data import CRAFTING, image_keys, load
 from .core import BLUE, GREY, ORANGE, SHADE, Explorer, Tip, add_traces, circles, dots, line, panels
 from .core import text
 from .sphere_path import Walk, path_gradients, walk
-from .smooth import PICTURES, class_names, mosaic, trained
+from .smooth import PICTURES, class_names, is_real, mosaic, trained
 from .toy import PROBLEMS, centres, lead, logits_grid, region, train_toy
 from ..gradients import gradient_table
 from ..noise import gaussian_noise
@@ -448,7 +448,8 @@ class SphereExplorer(Explorer):
     tips = TIPS
 
     def __init__(self, **start):  # fields of `Setting`
-        s = Setting(**start)
+        real = next((name for name in REAL if name in networks().values() and is_real(folder_of(name))), None)
+        s = Setting(**(dict(model=real) if real else {}) | start)
         self.known = all_work(s)
         self.asked = replace(s, steps=0)
         last = size_of(s.model) - 1
