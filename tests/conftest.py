@@ -26,7 +26,8 @@ def kernels():
 @pytest.fixture
 def digits_first(monkeypatch):
     "Pages open on digits, also on a machine where CIFAR-10 is at hand."
-    for page in 'smooth', 'attack', 'sphere': monkeypatch.setattr(f'rs_toolkit.explore.{page}.is_real', lambda folder: False)
+    for page in 'smooth', 'attack', 'sphere':
+        monkeypatch.setattr(f'rs_toolkit.explore.{page}.is_real', lambda folder: False)
 
 @pytest.fixture(scope='module')
 def browser():

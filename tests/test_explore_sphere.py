@@ -184,11 +184,11 @@ def test_every_number_of_steps():
 def test_real_images(here, monkeypatch):
     "The networks of CIFAR-10 have its test images, or the photographs; their noises move on larger spheres."
     images, labels, _ = photographs()
+    monkeypatch.setattr('rs_toolkit.explore.smooth.is_here', lambda dataset: here)
     if here:
         images = images.flip(0)
         labels = torch.arange(20) % 10
         monkeypatch.setattr('rs_toolkit.explore.smooth.load', lambda *what: (images, labels))
-        monkeypatch.setattr('rs_toolkit.explore.smooth.is_here', lambda dataset: True)
     sphere.real_subject.cache_clear()
     model = checkpoint.load(data_folder()/'cifar10-gaussian')
     if not here:

@@ -270,12 +270,13 @@ def mosaic(
     pictures,    # [m, C, H, W], C = 1 or 3
     columns=4,
     room=.25,    # for a label above each, as a share of its height
+    gap=1/8,     # between them, as a share of their width
 )->tuple:        # uint8 [height, width, 4], clear between them; middle of the upper edge of each picture: x, y
     "Pictures side by side, cut off at black and white."
     pictures = thinned(pictures)
     m, _, h, w = pictures.shape
     tall = h + int(np.ceil(h*room))
-    wide = w + -(-w // 8)
+    wide = w + int(np.ceil(w*gap))
     canvas = np.zeros((-(-m // columns) * tall, columns*wide, 4), np.uint8)
     corners = [(i // columns * tall + tall - h, i % columns * wide) for i in range(m)]
     for (top, left), picture in zip(corners, pictures):
