@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMON', 'credited_radii', 'spending', 'why_no_acr', 'certified_accuracy', 'average_certified_radius',
            'abstention_rate', 'radii_grid', 'setting', 'certified_accuracy_lower', 'p_a', 'p_a_survival', 'norm_of',
-           'ball_of', 'recertify', 'thin', 'check_norms', 'as_l2', 'as_l1', 'envelope', 'check_comparable', 'summary',
-           'results', 'per_class']
+           'ball_of', 'recertify', 'thin', 'check_norms', 'as_l2', 'as_l1', 'envelope', 'NotComparable', 'reason_of',
+           'check_comparable', 'summary', 'results', 'per_class']
 
 # %% ../nbs/06_metrics.ipynb #92a8862e
 import numpy as np
@@ -259,6 +259,16 @@ def _common(*logs):
     proofs = ['verifier' in log for log in logs]
     return ('split', 'eps') if all(proofs) else ('split',) if any(proofs) else COMMON
 
+class NotComparable(ValueError):
+    "Why logs do not stand side by side, and what to do about it."
+    def __init__(self, reason, cure):
+        super().__init__(f'{reason}. {cure}')
+        self.reason = reason
+
+def reason_of(error):
+    "What was wrong, without the code that mends it: for a page."
+    return error.reason if isinstance(error, NotComparable) else str(error)
+
 def check_comparable(
     logs:dict,  # name -> log
 ):
@@ -277,8 +287,8 @@ def _check_told(name, log):
     unknown = [column for column in _common(log) if column != 'eps' and log[column].isna().any()]
     if not unknown: return
     told = ', '.join(f'{column}=...' for column in unknown)
-    raise ValueError(f"{name} does not say its {', '.join(unknown)}, so its ACR cannot stand beside others. "
-                     f"Give what is true of it when reading, read_log(path, {told})")
+    raise NotComparable(f"{name} does not say its {', '.join(unknown)}, so its ACR cannot stand beside others",
+                        f"Give what is true of it when reading, read_log(path, {told})")
 
 def _check_settings(first, reference, name, log):
     for column in _common(reference, log):
@@ -287,7 +297,7 @@ def _check_settings(first, reference, name, log):
         if a == b: continue
         counted = column in ('n', 'alpha') and setting(log, 'procedure') == 'fixed'
         cure = 'Bring both to one with `recertify`, where votes were counted' if counted else 'Certify both alike'
-        raise ValueError(f"{first} has {column} {a}, {name} has {column} {b}: their ACRs do not compare. {cure}")
+        raise NotComparable(f"{first} has {column} {a}, {name} has {column} {b}: their ACRs do not compare", cure)
 
 # %% ../nbs/06_metrics.ipynb #a9ad2569
 def _told(log, column):
@@ -299,15 +309,16 @@ def _told(log, column):
 def _check_images(first, reference, name, log):
     shared = set(reference.idx) & set(log.idx)
     if not len(shared) == len(set(reference.idx)) == len(set(log.idx)):
-        raise ValueError(f"{first} has {len(reference)} images, {name} has {len(log)}, and they share {len(shared)}: "
-                         "ACRs compare over the same images only. Keep the common ones, log[log.idx.isin(other.idx)], "
-                         "or certify both alike")
+        raise NotComparable(
+            f"{first} has {len(reference)} images, {name} has {len(log)}, and they share {len(shared)}: "
+            "ACRs compare over the same images only",
+            "Keep the common ones, log[log.idx.isin(other.idx)], or certify both alike")
     both = reference.merge(log, on='idx')
     other_pixels = (both.data_x.astype('string') != both.data_y.astype('string')).fillna(False)
     other = (both.label_x != both.label_y) | other_pixels
     if other.any():
-        raise ValueError(f"{first} and {name} are logs of different data: image {both.idx[other].iloc[0]}, for one, "
-                         "has another label or other pixels. Certify both on the same images")
+        raise NotComparable(f"{first} and {name} are logs of different data: image {both.idx[other].iloc[0]}, for one, "
+                            "has another label or other pixels", "Certify both on the same images")
 
 # %% ../nbs/06_metrics.ipynb #33d0265c
 def summary(

@@ -27,7 +27,7 @@ from .common import data_folder, document, locate, unknown
 from .distribution import log_of
 from .log import read_log
 from .metrics import as_l1, as_l2, average_certified_radius, certified_accuracy, check_comparable, check_norms
-from .metrics import credited_radii, setting, why_no_acr
+from .metrics import credited_radii, reason_of, setting, why_no_acr
 from .paired import differences, judge
 
 # %% ../nbs/15_tables.ipynb #d1703013
@@ -309,7 +309,7 @@ def alike(
     for result in results:
         peers = [other for other in kept if other.sigma == result.sigma]
         try: _check_alike([*kept[:1], *peers[:1], result])
-        except ValueError as error: reasons.append(f'{result.method}, σ = {result.sigma:g} is left out: {error}')
+        except ValueError as error: reasons.append(f'{result.method}, σ = {result.sigma:g} is left out: {reason_of(error)}')
         else: kept.append(result)
     return kept, reasons
 

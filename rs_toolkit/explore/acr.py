@@ -24,10 +24,10 @@ from ..common import document
 from ..distribution import Outcome
 from .cases import Cases, rows_near
 from .core import GREEN, GREY, ZONE, Explorer, Tip, Votes
-from .core import add_traces, drop, line, log_slider, panels, refusal, shipped_runs, text
+from .core import add_traces, alert, drop, line, log_slider, panels, shipped_runs, text
 from .door import Door, guests
 from .radius import large
-from ..metrics import check_comparable, setting, why_no_acr
+from ..metrics import check_comparable, reason_of, setting, why_no_acr
 from ..plots import colours, common_look
 
 # %% ../../nbs/explore/how/acr.ipynb #71137287
@@ -37,7 +37,7 @@ def why_not(
 )->str:       # '' where nothing is wrong
     "Why two runs do not stand beside each other."
     try: check_comparable({'the first': first.log, 'the second': second.log})
-    except ValueError as error: return str(error)
+    except ValueError as error: return reason_of(error)
     return why_no_acr(first.log) or why_no_acr(second.log)
 
 def open_pair(
@@ -385,7 +385,7 @@ class ACRExplorer(Explorer):
         "Which guests do not stand beside the first run, and why."
         first = self.values['run']
         why = {run.name: why_not(come[first].votes, run.votes) for run in self.values['own']}
-        return ''.join(refusal(f'{name} does not stand beside {first}: {words}')
+        return ''.join(alert(f'{name} does not stand beside {first}: {words}')
                        for name, words in why.items() if words)
 
     @property

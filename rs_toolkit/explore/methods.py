@@ -25,7 +25,7 @@ import plotly.graph_objects as go
 from ..common import document
 from .cases import Cases, rows_near
 from .core import GREY, ORANGE, SHADE, Explorer, Tip, Toggles
-from .core import add_traces, panels, refusal, shipped_runs
+from .core import add_traces, alert, panels, shipped_runs
 from .door import Door
 from ..metrics import credited_radii
 from ..plots import DASHES, apart, colours, common_look
@@ -115,7 +115,7 @@ def own_source(
     told = {run.path: dict(run.facts) for run in own if run.facts}
     results, reasons = alike(open_results([run.path for run in own if not run.facts], told))
     note = f'{len(own)} runs of your own; of several seeds, the mean.'
-    return Source(lambda: rows_of(results), note, SECONDS, lambda: results, ''.join(map(refusal, reasons)))
+    return Source(lambda: rows_of(results), note, SECONDS, lambda: results, ''.join(map(alert, reasons)))
 
 # %% ../../nbs/explore/how/methods.ipynb #4ddaa4c6
 MOST = 30       # lines in a panel

@@ -25,9 +25,9 @@ from ..common import document, locate
 from ..distribution import together
 from .cases import Cases, rows_near
 from .core import GREY, ORANGE, ZONE, Explorer, Tip, Toggles, Votes
-from .core import add_traces, alert, line, log_slider, panels, refusal, text
+from .core import add_traces, alert, line, log_slider, panels, text
 from .door import Door, guests
-from ..metrics import radii_grid, setting
+from ..metrics import radii_grid, reason_of, setting
 from ..plots import DASHES, OTHER_COLOURS, apart, colours, common_look
 
 # %% ../../nbs/explore/how/p_a.ipynb #1b2b1e01
@@ -110,7 +110,7 @@ def admitted(
     come = ()
     for words, more in [('', guests(paths)), *((f'{guest.name} is left out: ', (guest,)) for guest in own)]:
         try: runs = runs_of((*come, *more))
-        except (ValueError, OSError) as error: wrong += refusal(words + str(error))
+        except (ValueError, OSError) as error: wrong += alert(words + reason_of(error))
         else: come += more
     return runs, wrong
 
