@@ -309,7 +309,8 @@ def alike(
     for result in results:
         peers = [other for other in kept if other.sigma == result.sigma]
         try: _check_alike([*kept[:1], *peers[:1], result])
-        except ValueError as error: reasons.append(f'{result.method}, σ = {result.sigma:g} is left out: {reason_of(error)}')
+        except ValueError as error:
+            reasons.append(f'{result.method}, σ = {result.sigma:g} is left out: {reason_of(error)}')
         else: kept.append(result)
     return kept, reasons
 

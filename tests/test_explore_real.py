@@ -17,13 +17,14 @@ def cifar10(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             Image.fromarray(image).save(folder/'0.png')
     monkeypatch.setattr('rs_toolkit.data.project_folder', lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
     real_subject.cache_clear()
     yield pixels
     real_subject.cache_clear()
 
 def test_only_networks_of_cifar10_are_real(cifar10):
     real = [name.partition(',')[0] for name, folder in networks() if is_real(folder)]
-    assert real == ['cifar10-gaussian', 'cifar10-crt']
+    assert real == ['cifar10-gaussian', 'cifar10-crt', 'cifar10-methods/acr', 'cifar10-methods/catrs']
 
 def test_smooth_opens_with_few_samples_of_a_real_image(cifar10):
     e = SmoothExplorer(image=3)

@@ -11,6 +11,7 @@ test image is certified, sequentially. Runs go into runs/cifar10-methods; a run 
 that was stopped goes on.
 """
 import argparse
+import shutil
 from pathlib import Path
 
 from recipes import ROOT, run, ship
@@ -40,11 +41,16 @@ OWN = {
     'smoothadv': dict(num_noise=2, ramp={}, attack_args=dict(eps=1., steps=4)),
 }
 
+SHOWN = 'acr', 'catrs'      # whose networks come along, for the pages
+
 def train(key): run('train', f'cifar10/{key}_0.25', RUNS/key, **SHORT | OWN[key])
 
 def keep(key):
     finished = ROOT/RUNS/key
-    if (finished/'metrics.json').exists(): ship(finished, ROOT/'data/cifar10-methods'/key)
+    place = ROOT/'data/cifar10-methods'/key
+    if not (finished/'metrics.json').exists(): return
+    ship(finished, place)
+    if key in SHOWN: shutil.copy(finished/'model.safetensors', place)
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

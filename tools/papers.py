@@ -69,7 +69,9 @@ ACR_SWEEPS = {
 }
 
 def acr_sweeps(runs):
-    for name, given in ACR_SWEEPS.items(): train(runs/name, 'digits/acr_0.5', given)
+    for name, given in ACR_SWEEPS.items():
+        train(runs/name, 'digits/acr_0.5', given)
+        keep_log(runs/name, f'acr_sweeps/{name}')
 
 # SODM: one choice at a time, the others as in the recipe for digits, whose map is none.
 RECIPE = yaml.safe_load((ROOT/'recipes/digits/sodm_0.5.yaml').read_text())
@@ -109,6 +111,7 @@ def crt_proxy(runs):
     train(runs/'proxy', 'digits/smoothmix_0.5')
     train(runs/'student', 'digits/crt_0.5', f'{{arch: cifar_resnet20, teacher: "{(runs/"proxy").resolve()}"}}')
     train(runs/'itself', 'digits/smoothmix_0.5', '{arch: cifar_resnet20}')
+    for name in ('proxy', 'student', 'itself'): keep_log(runs/name, f'crt_proxy/{name}')
 
 def released(folder):
     "Every released log against Gaussian training of its noise level; one correction for all."

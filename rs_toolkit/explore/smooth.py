@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR10', 'UNPACKED', 'N0', 'COPIES', 'IMAGE', 'NOTHING', 'PICTURES', 'LOOKS', 'TITLES', 'LEGEND', 'class_names',
-           'is_here', 'pictures_for', 'trained', 'tested_on', 'is_real', 'at_hand', 'networks', 'Watched', 'watch',
-           'outcome', 'certificate_in_words', 'of_class', 'in_words', 'thinned', 'mosaic', 'steps', 'shown_classes',
-           'bars', 'image_traces', 'bound_traces', 'radius_traces', 'smooth_traces', 'smooth_axes', 'bar',
-           'opening_run', 'smooth_figure', 'tips_of', 'NetworkPage', 'SmoothExplorer']
+           'is_here', 'pictures_for', 'trained', 'tested_on', 'is_real', 'at_hand', 'name_of', 'networks', 'Watched',
+           'watch', 'outcome', 'certificate_in_words', 'of_class', 'in_words', 'thinned', 'mosaic', 'steps',
+           'shown_classes', 'bars', 'image_traces', 'bound_traces', 'radius_traces', 'smooth_traces', 'smooth_axes',
+           'bar', 'opening_run', 'smooth_figure', 'tips_of', 'NetworkPage', 'SmoothExplorer']
 
 # %% ../../nbs/explore/how/smooth.ipynb #1253e9c6
 import json
@@ -124,6 +124,10 @@ def at_hand(run):
     dataset = run.parameters['dataset']
     return run.weights.is_file() and (is_here(dataset) or 'cifar10' in dataset)
 
+def name_of(folder):
+    "The methods on CIFAR-10 are called as those on digits."
+    return f'{folder.parent.name}/{folder.name}' if folder.parent.name == 'cifar10-methods' else folder.name
+
 def networks(
 )->list:  # (name, folder)
     "Our own runs that can be watched, the digits' first, Gaussian training before other methods."
@@ -131,7 +135,7 @@ def networks(
         name = run.folder.name
         return len(run.folder.parts), name != 'digits-gaussian', not name.endswith('gaussian'), run.folder
     runs = sorted(filter(at_hand, shipped_runs()), key=order)
-    return [(f"{run.folder.name}, σ = {run.parameters['sigma']:g}", str(run.folder)) for run in runs]
+    return [(f"{name_of(run.folder)}, σ = {run.parameters['sigma']:g}", str(run.folder)) for run in runs]
 
 # %% ../../nbs/explore/how/smooth.ipynb #2a7c5b58
 N0 = 100        # samples that choose the class
