@@ -260,14 +260,12 @@ def _common(*logs):
     return ('split', 'eps') if all(proofs) else ('split',) if any(proofs) else COMMON
 
 class NotComparable(ValueError):
-    "Why logs do not stand side by side, and what to do about it."
-    def __init__(self, reason, cure):
-        super().__init__(f'{reason}. {cure}')
-        self.reason = reason
+    "(Why logs do not stand side by side, what to do about it.)"
+    def __str__(self): return '. '.join(self.args)
 
 def reason_of(error):
     "What was wrong, without the code that mends it: for a page."
-    return error.reason if isinstance(error, NotComparable) else str(error)
+    return error.args[0] if isinstance(error, NotComparable) else str(error)
 
 def check_comparable(
     logs:dict,  # name -> log

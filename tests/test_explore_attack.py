@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures('digits_first')
 @pytest.fixture
 def e():
     e = AttackExplorer(**QUICK)
+    done(e)                                    # with what it goes on with once it is open
     yield e
     e.worker.stop()
 
@@ -258,6 +259,7 @@ def test_wrong_places_are_said_and_survived(e, tmp_path):
 def test_names_of_classes_are_text(tmp_path):
     folder, _ = coloured_run(tmp_path, [HOSTILE, 'cat'])
     e = AttackExplorer(folder=folder, image=0, **QUICK)
+    done(e)
     name = '&lt;img src=x onerror=alert(1)&gt;'
     assert f'in truth <b>{name}</b>' in e.words.value
     look = attack.replace(e.now.look, classes=(HOSTILE,) * 2)                 # whatever the network says

@@ -48,4 +48,5 @@ def test_sphere_opens_on_a_real_image(cifar10):
     assert '<b>Image 2, bird</b> (CIFAR-10, Gaussian)' in e.words.value
 
 def test_whoever_asks_for_digits_gets_digits(cifar10):
-    assert SmoothExplorer(model=networks()[0][1], n=1000).now.size == 360
+    e = SmoothExplorer(model=networks()[0][1])
+    assert (e.now.size, e.values['n']) == (360, 10_000)

@@ -566,7 +566,8 @@ class AttackExplorer(NetworkPage):
         **start,     # values of the controls
     ):
         door = self.open_door(folder)
-        start = (SLOW if self.slow else OPEN) | dict(eps=.3, image=IMAGE, model=self.first) | start
+        start = dict(eps=.3, image=IMAGE, model=self.first) | start
+        start = (SLOW if self.slow(start['model']) else OPEN) | start
         self.tips = tips_of(dict(self.ours))
         self.own = None            # (name, (channels, side) -> picture) of what was drawn or uploaded
         self.read = {}             # network -> what `attacked` read in its folder

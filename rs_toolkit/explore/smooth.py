@@ -490,10 +490,9 @@ class NetworkPage(Explorer):
         if self.brought: return self.offered[-1][1]
         return next(filter(is_real, ours), ours[0] if ours else None)
 
-    @property
-    def slow(self):
-        "Whether that is one of real images: a sample costs the time of fifty digits."
-        return not self.brought and bool(self.ours) and is_real(self.first)
+    def slow(self, model):
+        "Whether it is one of ours for real images: a sample costs the time of fifty digits."
+        return any(folder == model and is_real(folder) for _, folder in self.ours)
 
     def open(self, model):
         "Network, images and labels; the last is remembered."
@@ -527,7 +526,8 @@ class SmoothExplorer(NetworkPage):
         **start,     # values of the controls
     ):
         door = self.open_door(folder)
-        start = dict(sigma=.25, image=IMAGE, model=self.first, n=1_000 if self.slow else 10_000, alpha=.001) | start
+        start = dict(sigma=.25, image=IMAGE, model=self.first, alpha=.001) | start
+        start = dict(n=1_000 if self.slow(start['model']) else 10_000) | start
         self.tips = tips_of(dict(self.ours))
         self.seed = 0           # of the noise: another one for each run
         *_, self.now = self.sample(0, 0., **start)                         # the page opens with a finished run
