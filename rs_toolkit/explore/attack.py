@@ -515,7 +515,7 @@ ALL_LEGEND = [('line', BLUE, 'vote proved'), ('dash', BLUE, 'vote unbroken'), ('
               ('line', PURPLE, 'network unbroken'), ('block', BLUE, 'vote'), ('dot', PURPLE, 'network')]
 
 # %% ../../nbs/explore/how/attack.ipynb #4b739f57
-SLOW = dict(sigma=.25, steps=5, num_noise=2, n=1000)                 # where a pass takes long
+SLOW = OPEN | dict(steps=5, num_noise=2, n=1000)                     # where a pass takes long
 PHOTOGRAPH = SLOW | dict(network='cifar10-gaussian, σ = 0.25', image=8)
 
 def tips_of(

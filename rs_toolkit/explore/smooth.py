@@ -491,7 +491,7 @@ class NetworkPage(Explorer):
         return next(filter(is_real, ours), ours[0] if ours else None)
 
     def slow(self, model):
-        "Whether it is one of ours for real images: a sample costs the time of fifty digits."
+        "Whether it is one of ours for real images, whose passes take far longer than those of digits."
         return any(folder == model and is_real(folder) for _, folder in self.ours)
 
     def open(self, model):

@@ -449,8 +449,8 @@ class SphereExplorer(Explorer):
     tips = TIPS
 
     def __init__(self, **start):  # fields of `Setting`
-        real = next((name for name in REAL if name in networks().values() and is_real(folder_of(name))), None)
-        s = Setting(**(dict(model=real) if real else {}) | start)
+        real = (name for name in networks().values() if name in REAL and is_real(folder_of(name)))
+        s = Setting(**dict(model=next(real, Setting.model)) | start)
         self.known = all_work(s)
         self.asked = replace(s, steps=0)
         last = size_of(s.model) - 1
