@@ -3,12 +3,14 @@ import math
 import os
 import resource
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from forked import forked
+from tqdm.std import tqdm
 
 from rs_toolkit import certify as library
 from rs_toolkit.certify import certify, certify_dataset
@@ -34,22 +36,34 @@ def logged(path, model=plain, **given):
 
 # Kills
 
+def begun(path, procedure):
+    "A run in a process of its own, for others to kill."
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            logged(path, procedure=procedure)
+            code = 0
+        finally: os._exit(code)
+    return child
+
 def kill_at_random(path, procedure, kills):
     "Kill runs from outside until so many have died, begin again where a log was whole; prints the lines they left."
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                                               # its own lock outlives who held it
     logged(path.with_name('first.tsv'), procedure=procedure)                       # finds thresholds, for the others
     began = time.perf_counter()
-    whole = logged(path.with_name('whole.tsv'), procedure=procedure)
-    longest = time.perf_counter() - began
+    assert os.waitpid(begun(path.with_name('whole.tsv'), procedure), 0)[1] == 0
+    longest = time.perf_counter() - began                                          # with what a new process costs
+    whole = untimed(path.with_name('whole.tsv'))
     rng = np.random.default_rng(0)
     while kills:
-        child = os.fork()
-        if child == 0:
-            try: logged(path, procedure=procedure)
-            finally: os._exit(0)
+        child = begun(path, procedure)
         time.sleep(longest*rng.random())
         os.kill(child, signal.SIGKILL)
-        kills -= os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        ended = os.waitpid(child, 0)[1]
+        assert ended in (0, signal.SIGKILL), ended
+        kills -= os.WIFSIGNALED(ended)
         print(len(path.read_bytes().splitlines()) if path.exists() else 0)
         if path.exists() and untimed(path) == whole: path.unlink()
     assert logged(path, procedure=procedure) == whole
