@@ -76,6 +76,11 @@ DRAWN = '''() => {
     return JSON.stringify(plots.map(p => p.data.map(t => [t.name, t.x, t.y, t.z])));
 }'''
 
+# how many of the lines that are in sight each figure has lost
+LOST = '''() => [...document.querySelectorAll('.js-plotly-plot')].map(p =>
+    p._fullData.filter(t => t.type === 'scatter' && t.visible === true).length
+        - p.querySelectorAll('.scatterlayer > .trace').length)'''
+
 # sliders that a screen reader would not name, or read as something else than they show
 UNNAMED = '''() => [...document.querySelectorAll('.rs-controls .jupyter-widgets')]
     .filter(box => box.querySelector('[role=slider]')).filter(box => {
@@ -92,11 +97,13 @@ WATCH = '''() => {
     watch.settled = () => watch.drawn && performance.now() - watch.drawn > 150 && data() !== watch.before;
     document.addEventListener('keydown', () => { watch.pressed = performance.now(); }, {capture: true, once: true});
     plots.forEach(p => {
-        p.removeAllListeners('plotly_afterplot');
-        p.on('plotly_afterplot', () => {
-            watch.drawn = performance.now();
-            watch.first ??= watch.pressed && watch.drawn;
-        });
+        for (const drawn of ['plotly_afterplot', 'plotly_transitioned']) {
+            p.removeAllListeners(drawn);
+            p.on(drawn, () => {
+                watch.drawn = performance.now();
+                watch.first ??= watch.pressed && watch.drawn;
+            });
+        }
     });
 }'''
 

@@ -70,10 +70,12 @@ def test_lives_in_a_browser(server, browser, path, capsys):
     with server.notebook(browser, path.relative_to(ROOT)) as page:
         lab.run(page)
         times = [lab.press(page, 0, key) for key in ['ArrowLeft'] * 5 + ['ArrowRight'] * 5]
+        lost = page.evaluate(lab.LOST)
         unnamed = page.evaluate(lab.UNNAMED)
         width = page.evaluate(lab.WIDTH)
         page.set_viewport_size(dict(width=900, height=800))
         lab.wait(page, f'() => ({lab.WIDTH})() < {width} - 300', 'the figure kept its width', 20)
+    assert lost == [0]
     assert unnamed == [], 'sliders without name, or with another value than they show'
     first = [time for time, _ in times]
     last = [time for _, time in times]
