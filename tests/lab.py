@@ -81,6 +81,13 @@ LOST = '''() => [...document.querySelectorAll('.js-plotly-plot')].map(p =>
     p._fullData.filter(t => t.type === 'scatter' && t.visible === true).length
         - p.querySelectorAll('.scatterlayer > .trace').length)'''
 
+# the pictures beneath the lines of the figure: those of its layout, and those that are drawn
+PICTURES = '''() => {
+    const plot = document.querySelector('.js-plotly-plot');
+    const wanted = (plot.layout.images || []).filter(i => i.visible !== false).map(i => i.source).sort();
+    return [wanted, [...plot.querySelectorAll('.imagelayer image')].map(i => i.getAttribute('href')).sort()];
+}'''
+
 # sliders that a screen reader would not name, or read as something else than they show
 UNNAMED = '''() => [...document.querySelectorAll('.rs-controls .jupyter-widgets')]
     .filter(box => box.querySelector('[role=slider]')).filter(box => {

@@ -83,6 +83,18 @@ def test_lives_in_a_browser(server, browser, path, capsys):
          f'(median of {len(first)}; slowest {max(first):.0f}), {median_of(last)} to the last')
     assert path.read_bytes() == committed
 
+@pytest.mark.parametrize('name, slider', [('acr', 2), ('landscape', 0), ('boxes', 0)])
+def test_what_does_not_move_stays_in_a_browser(server, browser, name, slider):
+    "One that moves a part of the lines of one panel, and two that change what lies beneath them."
+    with server.notebook(browser, f'nbs/explore/{name}.ipynb') as page:
+        lab.run(page)
+        before = page.evaluate(lab.PICTURES)
+        lab.press(page, slider, 'ArrowLeft')
+        lost = page.evaluate(lab.LOST)
+        wanted, drawn = page.evaluate(lab.PICTURES)
+    assert lost == [0] and drawn == wanted
+    assert ([wanted, drawn] == before) == (name == 'acr')               # which has none
+
 FIRST = '''() => {
     const plot = document.querySelector('.js-plotly-plot');
     const data = () => JSON.stringify(plot.data.map(t => [t.x, t.y, t.z]));

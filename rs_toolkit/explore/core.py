@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'MARKS', 'ASIDE', 'GROUPS', 'EMPTY', 'HIDDEN', 'LIVE',
-           'EVERY', 'CLEAR', 'GRIP', 'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots', 'middles',
-           'add_traces', 'key_to', 'places', 'axes_of', 'has_lines', 'panels', 'arrangement', 'as_made', 'Shipped',
-           'shipped_runs', 'Votes', 'Worker', 'same', 'changed', 'alert', 'Figure', 'near', 'log_slider', 'moves',
-           'Manners', 'Toggles', 'Tip', 'Explorer']
+           'LIVING', 'EVERY', 'CLEAR', 'GRIP', 'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots',
+           'middles', 'add_traces', 'key_to', 'places', 'axes_of', 'has_lines', 'panels', 'arrangement', 'as_made',
+           'Shipped', 'shipped_runs', 'Votes', 'Worker', 'same', 'changed', 'alert', 'Figure', 'painted',
+           'lay_pictures', 'near', 'log_slider', 'moves', 'Manners', 'Toggles', 'Tip', 'Explorer']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
 import json
+import re
 import threading
+from base64 import b64encode
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from html import escape
 from inspect import getdoc
+from io import BytesIO
 from pathlib import Path
 
 import ipywidgets as W
@@ -23,6 +26,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from anywidget import AnyWidget
+from PIL import Image, ImageColor
 from plotly.basedatatypes import Undefined
 from plotly.subplots import make_subplots
 from traitlets import TraitError, Tuple
@@ -292,7 +296,8 @@ def alert(words):
 # %% ../../nbs/explore/00_core.ipynb #abed5471
 EMPTY = {'x': [], 'y': [], 'visible': False}      # a line that is not needed now
 HIDDEN = {'visible': False}                       # anything in a panel that is not shown
-LIVE = {'x', 'y', 'text'}                         # what can move in a figure that stays
+LIVE = {'x', 'y', 'z', 'text'}                    # what can move in a figure that stays: of its traces ...
+LIVING = 'annotations[', 'images[', 'shapes['     # ... and of what else stands in its panels
 
 class Figure(go.FigureWidget):
     "A page that is loaded again asks for the state. Plotly keeps that of its last display: inside a box, the first."
@@ -302,19 +307,51 @@ class Figure(go.FigureWidget):
 
     def move(self,
         traces:dict,   # index -> keys of `LIVE` and their values
-        ranges:dict,   # of axes, such as `yaxis.range`
+        layout:dict,   # ranges of axes, such as `yaxis.range`, and keys that begin as one of `LIVING`
     ):
-        "Move lines, marks and words, as an animation of one frame does: no text of the figure is measured again."
+        "Move what stands in the panels, as one frame of an animation does. All else stays as it was drawn."
         with self.batch_animate():
             for i, now in traces.items(): self.data[i].update(now)
-            for key, value in ranges.items(): self.layout[key] = value
+            for key, value in layout.items(): self.layout[key] = value
 
     def _send_animate_msg(self, styles_data, relayout_data, trace_indexes, animation_opts):
-        "At once. Plotly would take the traces that nobody speaks of for gone, or put them behind the others."
+        "At once. In the browser traces that nobody speaks of are taken for gone, and `images.0.x` is `images[0].x`."
+        layout = {re.sub(r'\.(\d+)\.', r'[\1].', key): value for key, value in relayout_data.items()}
         silent = [i for i, trace in enumerate(self.data) if trace.visible is not False and i not in trace_indexes]
         at_once = dict(mode='immediate', transition=dict(duration=0), frame=dict(duration=0, redraw=False))
         styles_data = styles_data + [{} for _ in silent]
-        super()._send_animate_msg(styles_data, relayout_data, trace_indexes + silent, at_once)
+        super()._send_animate_msg(styles_data, layout, trace_indexes + silent, at_once)
+
+# %% ../../nbs/explore/00_core.ipynb #8e0b61f4
+def painted(
+    heat:go.Heatmap,  # its colours and their ends
+    z,                # cells, [rows, columns]
+)->str:               # data URI
+    "A heatmap as a picture: a pixel for each cell, or smooth."
+    level = np.interp(z, [heat.zmin, heat.zmax], [0, 255]).round().astype(np.uint8)
+    where, colours = zip(*heat.colorscale)
+    channels = zip(*map(ImageColor.getrgb, colours))
+    palette = np.stack([np.interp(np.linspace(0, 1, 256), where, channel) for channel in channels], 1)
+    picture = Image.fromarray(level[::-1].copy())
+    if heat.zsmooth: picture = picture.resize((4*picture.width, 4*picture.height), Image.Resampling.BILINEAR)
+    picture.putpalette(palette.round().astype(np.uint8).tobytes())
+    file = BytesIO()
+    picture.save(file, 'png')
+    return f'data:image/png;base64,{b64encode(file.getvalue()).decode()}'
+
+def lay_pictures(
+    fig:go.Figure,  # changed in place
+)->list:            # its heatmaps
+    "Put a picture beneath each heatmap, which is not seen any more."
+    maps = [*fig.select_traces(dict(type='heatmap'))]
+    for heat in maps:
+        half = np.diff(heat.x[:2]).item() / 2, np.diff(heat.y[:2]).item() / 2
+        left, top = heat.x[0] - half[0], heat.y[-1] + half[1]
+        size = dict(sizex=heat.x[-1] + half[0] - left, sizey=top - heat.y[0] + half[1], sizing='stretch')
+        axes = dict(xref=heat.xaxis or 'x', yref=heat.yaxis or 'y')
+        fig.add_layout_image(source=painted(heat, heat.z), x=left, y=top, layer='below', **size, **axes)
+        heat.opacity = 0
+    return maps
 
 # %% ../../nbs/explore/00_core.ipynb #5f1d08c2
 def near(a, b):
@@ -382,9 +419,10 @@ class Manners(AnyWidget):
     .rs-explorer .rs-toggles .jupyter-button { height: 24px; line-height: 24px; }
     .rs-explorer .rs-tips .jupyter-button { padding: 0 7px; }
     .rs-explorer .rs-key .widget-html-content { line-height: 1.4; }
+    .rs-explorer.rs-maps .imagelayer image { image-rendering: pixelated; }
     body[data-jp-theme-light="false"] .rs-explorer .rs-mark,
     body[data-jp-theme-light="false"] .rs-explorer .main-svg,
-    body[data-jp-theme-light="false"] .rs-explorer .imagelayer image { filter: invert(1) hue-rotate(180deg); }
+    body[data-jp-theme-light="false"] .rs-explorer:not(.rs-maps) .imagelayer image { filter: invert(1) hue-rotate(180deg); }
     img[title="Where no kernel runs"] { display: none; }
     '''
 
@@ -469,6 +507,7 @@ class Explorer:
         self.worker = Worker()
         self.load()
         figure = self.figure().update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR)
+        self.maps = lay_pictures(figure)
         self.toggle = W.ToggleButtons(options=[*self.views, EVERY] if self.views else [EVERY])
         self.arrangements = self.arrange(figure)
         self.places = self.places_of(figure)
@@ -478,6 +517,8 @@ class Explorer:
         figure.update_layout(self.arrangements[self.toggle.value])
         for trace in figure.data:
             if self.drawn.get(trace.name) is HIDDEN: trace.visible = False
+        self.placed = self.placed | self.pictures_of(self.drawn)
+        figure.update_layout(self.pictures_of(self.drawn))
         self.fig = Figure(figure)
         self.fig._config = dict(responsive=True, displaylogo=False)
         self.fig.observe(lambda _: self.fig.update_layout(autosize=True), '_view_count')    # on a page, fill its width
@@ -512,6 +553,7 @@ class Explorer:
         ends = [tips, self.hint] if self.tip_buttons else []
         view = W.VBox([Manners(), rows, *below, self.words, key, self.fig, *ends])
         view.add_class('rs-explorer')
+        if self.maps: view.add_class('rs-maps')
         return view
 
     # what a subclass says
@@ -668,6 +710,7 @@ class Explorer:
         "Send what has changed, in one message. Traces that are not spoken of are emptied."
         self.add([name for name in traces if name not in self.names and traces[name] is not HIDDEN])
         traces = dict.fromkeys(self.names, EMPTY) | traces
+        layout = layout | self.pictures_of(traces)
         keys = {i: changed(traces[name], self.drawn[name]) for i, name in enumerate(self.names)}
         keys = {i: found for i, found in keys.items() if found}
         def value(i, key):
@@ -684,11 +727,21 @@ class Explorer:
         self.placed = layout
 
     def stays(self, traces, keys, moved):
-        "Whether things only move that were there, and still are. A figure with pictures or maps is always made anew."
+        "Whether things only move that were there, and still are. A figure with bars or images is always made anew."
         def both(i): return self.drawn[self.names[i]].keys() & traces[self.names[i]].keys()
-        plain = all(trace.type == 'scatter' or trace.visible is False for trace in self.fig.data)
+        def lines(trace): return trace.type == 'scatter' or trace.opacity == 0 or trace.visible is False
         there = all(found <= LIVE & both(i) for i, found in keys.items())
-        return plain and there and all(key.endswith('.range') for key in moved)
+        around = all(key.endswith('.range') or key.startswith(LIVING) for key in moved)
+        return there and around and all(map(lines, self.fig.data))
+
+    def pictures_of(self, traces):
+        "The layout with the pictures of the maps that are in sight."
+        layout = {}
+        for i, trace in enumerate(self.maps):
+            z = traces.get(trace.name, EMPTY).get('z')
+            layout[f'images[{i}].visible'] = z is not None
+            if z is not None: layout[f'images[{i}].source'] = painted(trace, z)
+        return layout
 
     def add(self, names):
         if not names: return
