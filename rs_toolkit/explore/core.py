@@ -422,7 +422,9 @@ class Manners(AnyWidget):
     .rs-explorer.rs-maps .imagelayer image { image-rendering: pixelated; }
     body[data-jp-theme-light="false"] .rs-explorer .rs-mark,
     body[data-jp-theme-light="false"] .rs-explorer .main-svg,
-    body[data-jp-theme-light="false"] .rs-explorer:not(.rs-maps) .imagelayer image { filter: invert(1) hue-rotate(180deg); }
+    body[data-jp-theme-light="false"] .rs-explorer:not(.rs-maps) .imagelayer image {
+        filter: invert(1) hue-rotate(180deg);
+    }
     img[title="Where no kernel runs"] { display: none; }
     '''
 
