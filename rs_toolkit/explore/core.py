@@ -327,13 +327,14 @@ def painted(
     heat:go.Heatmap,  # its colours and their ends
     z,                # cells, [rows, columns]
 )->str:               # data URI
-    "A heatmap as a picture: a pixel for each cell, or smooth."
+    "A heatmap as a picture. Its cells are drawn larger, or a browser would smooth all of them."
     level = np.interp(z, [heat.zmin, heat.zmax], [0, 255]).round().astype(np.uint8)
     where, colours = zip(*heat.colorscale)
     channels = zip(*map(ImageColor.getrgb, colours))
     palette = np.stack([np.interp(np.linspace(0, 1, 256), where, channel) for channel in channels], 1)
     picture = Image.fromarray(level[::-1].copy())
-    if heat.zsmooth: picture = picture.resize((4*picture.width, 4*picture.height), Image.Resampling.BILINEAR)
+    between = Image.Resampling.BILINEAR if heat.zsmooth else Image.Resampling.NEAREST
+    picture = picture.resize((4*picture.width, 4*picture.height), between)
     picture.putpalette(palette.round().astype(np.uint8).tobytes())
     file = BytesIO()
     picture.save(file, 'png')
@@ -419,7 +420,6 @@ class Manners(AnyWidget):
     .rs-explorer .rs-toggles .jupyter-button { height: 24px; line-height: 24px; }
     .rs-explorer .rs-tips .jupyter-button { padding: 0 7px; }
     .rs-explorer .rs-key .widget-html-content { line-height: 1.4; }
-    .rs-explorer.rs-maps .imagelayer image { image-rendering: pixelated; }
     body[data-jp-theme-light="false"] .rs-explorer .rs-mark,
     body[data-jp-theme-light="false"] .rs-explorer .main-svg,
     body[data-jp-theme-light="false"] .rs-explorer:not(.rs-maps) .imagelayer image {
