@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'CATRS', 'IDEAL_COST', 'SECONDS', 'MINE', 'SOURCES', 'MOST', 'PALE', 'STYLES', 'PLACES_BESIDE', 'BESIDE',
-           'POINTS', 'QUIET', 'LEADER', 'LOOKS', 'TITLES', 'PRINTED', 'CURVES', 'LOST', 'TIPS', 'pick', 'released',
-           'cifar10', 'no_results', 'Source', 'ours', 'own_source', 'gaussians_first', 'Choice', 'percent',
+           'ROOM', 'POINTS', 'QUIET', 'LEADER', 'LOOKS', 'TITLES', 'PRINTED', 'CURVES', 'LOST', 'TIPS', 'pick',
+           'released', 'cifar10', 'no_results', 'Source', 'ours', 'own_source', 'gaussians_first', 'Choice', 'percent',
            'styles_in_words', 'behind_in_words', 'in_words', 'overlap', 'crowding', 'boxes_beside', 'free_places',
            'curve_traces', 'height_of_differences', 'name_traces', 'cost_traces', 'still_traces', 'moving_traces',
            'method_axes', 'method_traces', 'letters', 'kind_of', 'looks_of', 'opening_choice', 'methods_figure',
@@ -397,6 +397,8 @@ def still_traces(c:Choice)->dict:
     return traces | curve_traces(c) | name_traces(c) | cost_traces(c)
 
 # %% ../../nbs/explore/how/methods.ipynb #96ce3e83
+ROOM = .52      # of the highest accuracy: a name has room to its left
+
 def moving_traces(c:Choice)->dict:
     "What does: the radius, and who is where."
     low, high, pad = height_of_differences(c)
@@ -405,7 +407,8 @@ def moving_traces(c:Choice)->dict:
     names = [c.name(*key) for key in readings]
     paint = [c.colours[method] for method, _ in readings]
     size = float(np.clip(250 / max(len(readings), 1), 8, 12))                   # of letters, as high as the rows
-    texts = [f' {name} {percent(v)}' for name, v in zip(names, readings.values())]
+    texts = [f' {name} {percent(v)} ' for name, v in zip(names, readings.values())]
+    def side(v): return 'middle left' if base and ROOM*c.top < v < base[0] else 'middle right'  # not on the baseline
     at = {'x': [c.radius] * 2, 'line.color': ORANGE, 'line.width': 2}
     return {
         'radius': at | {'y': [0, 1.05*c.top], 'text': ['', f'{c.radius:.2f}'], 'textfont.color': ORANGE,
@@ -413,7 +416,7 @@ def moving_traces(c:Choice)->dict:
         'difference radius': at | {'y': [low - pad, high + pad]},
         'reading': {'x': [*readings.values()], 'y': np.arange(len(readings)), 'text': texts,
                     'textfont.color': paint, 'textfont.size': size, 'marker.color': paint,
-                    'marker.size': .8 * size, 'textposition': 'middle right',
+                    'marker.size': .8 * size, 'textposition': [side(v) for v in readings.values()],
                     'hovertext': names, 'hovertemplate': '%{hovertext}: %{x:.1%}<extra></extra>'},
         'reading baseline': {'x': base*2, 'y': [-.6, len(c.lines) - .4] if base else [],
                              'line.color': c.colours[c.baseline], 'line.width': 1.5, 'line.dash': 'dot'},
