@@ -103,13 +103,14 @@ SHORT = 'epochs: 30, n: 1000'
 
 def crt_generations(runs):
     "One small teacher, trained by SmoothMix; each architecture learns from it, and is trained by SmoothMix itself."
-    teacher = runs/'teacher'
-    train(teacher, 'digits/smoothmix_0.5', f'{{{SHORT}}}')
-    keep_log(teacher, 'crt_generations/teacher')
+    def make(name, recipe, given=''):
+        train(runs/name, recipe, f'{{{SHORT}{given}}}')
+        keep_log(runs/name, f'crt_generations/{name}')
+    make('teacher', 'digits/smoothmix_0.5')
+    teacher = (runs/'teacher').resolve()
     for arch in GENERATIONS:
-        train(runs/f'crt-{arch}', 'digits/crt_0.5', f'{{{SHORT}, arch: {arch}, teacher: "{teacher.resolve()}"}}')
-        train(runs/f'smoothmix-{arch}', 'digits/smoothmix_0.5', f'{{{SHORT}, arch: {arch}}}')
-        for method in ('crt', 'smoothmix'): keep_log(runs/f'{method}-{arch}', f'crt_generations/{method}-{arch}')
+        make(f'crt-{arch}', 'digits/crt_0.5', f', arch: {arch}, teacher: "{teacher}"')
+        make(f'smoothmix-{arch}', 'digits/smoothmix_0.5', f', arch: {arch}')
 
 def crt_proxy(runs):
     "Where no teacher exists, a small one is trained for the student; against training the student itself."
