@@ -296,8 +296,9 @@ def alert(words):
 # %% ../../nbs/explore/00_core.ipynb #abed5471
 EMPTY = {'x': [], 'y': [], 'visible': False}      # a line that is not needed now
 HIDDEN = {'visible': False}                       # anything in a panel that is not shown
-LIVE = {'x', 'y', 'z', 'text'}                    # what can move in a figure that stays: of its traces ...
-LIVING = 'annotations[', 'images[', 'shapes['     # ... and of what else stands in its panels
+# what can move in a figure that stays: of its traces, and of what else stands in its panels
+LIVE = {'x', 'y', 'z', 'text', 'textposition', 'textfont.color', 'marker.color', 'hovertext'}
+LIVING = 'annotations[', 'images[', 'shapes['
 
 class Figure(go.FigureWidget):
     "A page that is loaded again asks for the state. Plotly keeps that of its last display: inside a box, the first."
@@ -311,7 +312,8 @@ class Figure(go.FigureWidget):
     ):
         "Move what stands in the panels, as one frame of an animation does. All else stays as it was drawn."
         with self.batch_animate():
-            for i, now in traces.items(): self.data[i].update(now)
+            for i, now in traces.items():
+                for key, value in now.items(): self.data[i][key] = value
             for key, value in layout.items(): self.layout[key] = value
 
     def _send_animate_msg(self, styles_data, relayout_data, trace_indexes, animation_opts):
