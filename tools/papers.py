@@ -29,6 +29,11 @@ def train(out, recipe, given='{}'):
 
 def keep_log(out, name): pack(out/'certify.tsv', DATA/f'{name}.tsv.gz')
 
+def make(runs, table, name, recipe, given='{}'):
+    "Run a recipe, as `train` does, and keep its log for a table."
+    train(runs/name, recipe, given)
+    keep_log(runs/name, f'{table}/{name}')
+
 # What is left of the recipe of the ACR paper without some of its parts, which begin where the discard does.
 # None of the three is the recipe `gaussian4`, all three are `acr`: both are shipped.
 NO_ATTACK = 'attack: none, attack_args: {}, ramp: {}'
@@ -42,9 +47,7 @@ ACR_PARTS = {
 }
 
 def acr_parts(runs):
-    for name, given in ACR_PARTS.items():
-        train(runs/name, 'digits/acr_0.5', given)
-        keep_log(runs/name, f'acr_parts/{name}')
+    for name, given in ACR_PARTS.items(): make(runs, 'acr_parts', name, 'digits/acr_0.5', given)
 
 # What came closest to a recipe that nothing is paid for: no weights; with the seeds and epochs of `tuned_on_digits.py`.
 def gentle(runs):
@@ -69,9 +72,7 @@ ACR_SWEEPS = {
 }
 
 def acr_sweeps(runs):
-    for name, given in ACR_SWEEPS.items():
-        train(runs/name, 'digits/acr_0.5', given)
-        keep_log(runs/name, f'acr_sweeps/{name}')
+    for name, given in ACR_SWEEPS.items(): make(runs, 'acr_sweeps', name, 'digits/acr_0.5', given)
 
 # SODM: one choice at a time, the others as in the recipe for digits, whose map is none.
 RECIPE = yaml.safe_load((ROOT/'recipes/digits/sodm_0.5.yaml').read_text())
@@ -93,31 +94,29 @@ SODM_PARTS = {
 }
 
 def sodm_parts(runs):
-    for name, given in SODM_PARTS.items():
-        train(runs/name, 'digits/sodm_0.5', given)
-        keep_log(runs/name, f'sodm_parts/{name}')
+    for name, given in SODM_PARTS.items(): make(runs, 'sodm_parts', name, 'digits/sodm_0.5', given)
 
-# Generations of architectures, from small to large, by what a pass costs; 30 epochs, or the last would take a day.
+# Generations of architectures, from small to large, by what a pass costs: the last ones are dear, so all are short.
 GENERATIONS = ['mlp', 'cifar_resnet20', 'regnet_x_400mf', 'resnet18']
-SHORT = 'epochs: 30, n: 1000'
+SHORT = dict(epochs=30, n=1000)
+
+def taught_by(folder): return dict(teacher=str(folder.resolve()))
 
 def crt_generations(runs):
     "One small teacher, trained by SmoothMix; each architecture learns from it, and is trained by SmoothMix itself."
-    def make(name, recipe, given=''):
-        train(runs/name, recipe, f'{{{SHORT}{given}}}')
-        keep_log(runs/name, f'crt_generations/{name}')
-    make('teacher', 'digits/smoothmix_0.5')
-    teacher = (runs/'teacher').resolve()
+    def short(name, recipe, **given):
+        make(runs, 'crt_generations', name, f'digits/{recipe}_0.5', yaml.safe_dump(SHORT | given))
+    short('teacher', 'smoothmix')
     for arch in GENERATIONS:
-        make(f'crt-{arch}', 'digits/crt_0.5', f', arch: {arch}, teacher: "{teacher}"')
-        make(f'smoothmix-{arch}', 'digits/smoothmix_0.5', f', arch: {arch}')
+        short(f'crt-{arch}', 'crt', arch=arch, **taught_by(runs/'teacher'))
+        short(f'smoothmix-{arch}', 'smoothmix', arch=arch)
 
 def crt_proxy(runs):
     "Where no teacher exists, a small one is trained for the student; against training the student itself."
-    train(runs/'proxy', 'digits/smoothmix_0.5')
-    train(runs/'student', 'digits/crt_0.5', f'{{arch: cifar_resnet20, teacher: "{(runs/"proxy").resolve()}"}}')
-    train(runs/'itself', 'digits/smoothmix_0.5', '{arch: cifar_resnet20}')
-    for name in ('proxy', 'student', 'itself'): keep_log(runs/name, f'crt_proxy/{name}')
+    large = dict(arch='cifar_resnet20')
+    make(runs, 'crt_proxy', 'proxy', 'digits/smoothmix_0.5')
+    make(runs, 'crt_proxy', 'student', 'digits/crt_0.5', yaml.safe_dump(large | taught_by(runs/'proxy')))
+    make(runs, 'crt_proxy', 'itself', 'digits/smoothmix_0.5', yaml.safe_dump(large))
 
 def released(folder):
     "Every released log against Gaussian training of its noise level; one correction for all."

@@ -6,18 +6,17 @@
 __all__ = ['SOME', 'HINT', 'rows_near', 'images_of', 'picture_of', 'tag_of', 'case_in_words', 'Cases']
 
 # %% ../../nbs/explore/00_cases.ipynb #c549aa58
-import io
-from base64 import b64encode
 from html import escape
 
 import ipywidgets as W
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 # %% ../../nbs/explore/00_cases.ipynb #01d23fd5
 from ..common import document
 from ..distribution import log_of
-from .core import ORANGE, alert
+from .core import ORANGE, alert, source_of
 from ..tables import training
 
 # %% ../../nbs/explore/00_cases.ipynb #0761d452
@@ -61,10 +60,7 @@ def tag_of(
     picture,  # float [H, W] or [H, W, 3], in [0, 1]
 )->str:       # HTML
     "A picture in a page."
-    from PIL import Image
-    file = io.BytesIO()
-    Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(file, 'png')
-    source = f'data:image/png;base64,{b64encode(file.getvalue()).decode()}'
+    source = source_of(Image.fromarray(np.rint(picture * 255).astype(np.uint8)))
     return f'<img alt="" width="72" height="72" style="image-rendering:pixelated" src="{source}">'
 
 # %% ../../nbs/explore/00_cases.ipynb #ae51475e

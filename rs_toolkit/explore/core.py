@@ -6,7 +6,7 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'GREY', 'ZONE', 'SHADE', 'MARKS', 'ASIDE', 'GROUPS', 'EMPTY', 'HIDDEN', 'LIVE',
            'LIVING', 'EVERY', 'CLEAR', 'GRIP', 'line', 'dashed', 'text', 'named', 'dot', 'drop', 'circles', 'dots',
            'middles', 'add_traces', 'key_to', 'places', 'axes_of', 'has_lines', 'panels', 'arrangement', 'as_made',
-           'Shipped', 'shipped_runs', 'Votes', 'Worker', 'same', 'changed', 'alert', 'Figure', 'painted',
+           'Shipped', 'shipped_runs', 'Votes', 'Worker', 'same', 'changed', 'alert', 'Figure', 'source_of', 'painted',
            'lay_pictures', 'near', 'log_slider', 'moves', 'Manners', 'Toggles', 'Tip', 'Explorer']
 
 # %% ../../nbs/explore/00_core.ipynb #42785581
@@ -325,6 +325,14 @@ class Figure(go.FigureWidget):
         super()._send_animate_msg(styles_data, layout, trace_indexes + silent, at_once)
 
 # %% ../../nbs/explore/00_core.ipynb #8e0b61f4
+def source_of(
+    picture:Image.Image,
+)->str:                   # data URI
+    "A picture that needs no file, for pages and figures."
+    file = BytesIO()
+    picture.save(file, 'png')
+    return f'data:image/png;base64,{b64encode(file.getvalue()).decode()}'
+
 def painted(
     heat:go.Heatmap,  # its colours and their ends
     z,                # cells, [rows, columns]
@@ -338,21 +346,19 @@ def painted(
     between = Image.Resampling.BILINEAR if heat.zsmooth else Image.Resampling.NEAREST
     picture = picture.resize((4*picture.width, 4*picture.height), between)
     picture.putpalette(palette.round().astype(np.uint8).tobytes())
-    file = BytesIO()
-    picture.save(file, 'png')
-    return f'data:image/png;base64,{b64encode(file.getvalue()).decode()}'
+    return source_of(picture)
 
 def lay_pictures(
     fig:go.Figure,  # changed in place
 )->list:            # its heatmaps
-    "Put a picture beneath each heatmap, which is not seen any more."
+    "Make room for a picture beneath each heatmap, which is not seen any more."
     maps = [*fig.select_traces(dict(type='heatmap'))]
     for heat in maps:
         half = np.diff(heat.x[:2]).item() / 2, np.diff(heat.y[:2]).item() / 2
         left, top = heat.x[0] - half[0], heat.y[-1] + half[1]
         size = dict(sizex=heat.x[-1] + half[0] - left, sizey=top - heat.y[0] + half[1], sizing='stretch')
         axes = dict(xref=heat.xaxis or 'x', yref=heat.yaxis or 'y')
-        fig.add_layout_image(source=painted(heat, heat.z), x=left, y=top, layer='below', **size, **axes)
+        fig.add_layout_image(x=left, y=top, layer='below', **size, **axes)
         heat.opacity = 0
     return maps
 
@@ -516,13 +522,12 @@ class Explorer:
         self.arrangements = self.arrange(figure)
         self.places = self.places_of(figure)
         self.news = ''                          # of work in the background
+        self.drawn = {}                         # trace -> what it shows
         traces, self.told, layout = self.picture()
         self.drawn, self.placed = self.in_sight(traces, layout)
-        figure.update_layout(self.arrangements[self.toggle.value])
+        figure.update_layout(self.placed)
         for trace in figure.data:
             if self.drawn.get(trace.name) is HIDDEN: trace.visible = False
-        self.placed = self.placed | self.pictures_of(self.drawn)
-        figure.update_layout(self.pictures_of(self.drawn))
         self.fig = Figure(figure)
         self.fig._config = dict(responsive=True, displaylogo=False)
         self.fig.observe(lambda _: self.fig.update_layout(autosize=True), '_view_count')    # on a page, fill its width
@@ -695,7 +700,7 @@ class Explorer:
         if shown:
             self.places |= {name: self.look(name)[:2] for name in traces if name not in self.places}
             traces = {name: trace if self.places[name] in shown else HIDDEN for name, trace in traces.items()}
-        return traces, layout | self.arrangements[self.toggle.value]
+        return traces, layout | self.arrangements[self.toggle.value] | self.pictures_of(traces)
 
     def redraw(self):
         "Show the controls as they are."
@@ -714,21 +719,24 @@ class Explorer:
         "Send what has changed, in one message. Traces that are not spoken of are emptied."
         self.add([name for name in traces if name not in self.names and traces[name] is not HIDDEN])
         traces = dict.fromkeys(self.names, EMPTY) | traces
-        layout = layout | self.pictures_of(traces)
         keys = {i: changed(traces[name], self.drawn[name]) for i, name in enumerate(self.names)}
         keys = {i: found for i, found in keys.items() if found}
+        moved = {key: value for key, value in layout.items() if not same(value, self.placed.get(key))}
+        if keys and self.stays(traces, keys, moved):
+            self.fig.move({i: {key: traces[self.names[i]][key] for key in found} for i, found in keys.items()}, moved)
+        elif keys or moved: self.renew(traces, keys, moved)
+        self.drawn = traces
+        self.placed = layout
+
+    def renew(self, traces, keys, moved):
+        "Let plotly draw the whole figure."
         def value(i, key):
             name = self.names[i]
             gone = None if key in self.drawn[name] else Undefined              # or never there: an image has no x
             return traces[name].get(key, gone)
         every = set().union(*keys.values())           # of all traces: plotly 7 takes gaps for removals
         update = {key: [value(i, key) for i in keys] for key in every}
-        moved = {key: value for key, value in layout.items() if not same(value, self.placed.get(key))}
-        if keys and self.stays(traces, keys, moved):
-            self.fig.move({i: {key: value(i, key) for key in found} for i, found in keys.items()}, moved)
-        elif keys or moved: self.fig.plotly_update(update, moved, trace_indexes=[*keys])
-        self.drawn = traces
-        self.placed = layout
+        self.fig.plotly_update(update, moved, trace_indexes=[*keys])
 
     def stays(self, traces, keys, moved):
         "Whether things only move that were there, and still are. A figure with bars or images is always made anew."
@@ -739,12 +747,13 @@ class Explorer:
         return there and around and all(map(lines, self.fig.data))
 
     def pictures_of(self, traces):
-        "The layout with the pictures of the maps that are in sight."
+        "The layout with the pictures of the maps that are in sight, painted where they are new."
         layout = {}
-        for i, trace in enumerate(self.maps):
-            z = traces.get(trace.name, EMPTY).get('z')
-            layout[f'images[{i}].visible'] = z is not None
-            if z is not None: layout[f'images[{i}].source'] = painted(trace, z)
+        for i, heat in enumerate(self.maps):
+            now, before = (each.get(heat.name, EMPTY) for each in (traces, self.drawn))
+            layout[f'images[{i}].visible'] = 'z' in now
+            if 'z' in now and not same(now['z'], before.get('z')):
+                layout[f'images[{i}].source'] = painted(heat, now['z'])
         return layout
 
     def add(self, names):
