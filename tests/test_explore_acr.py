@@ -140,7 +140,7 @@ def test_only_what_compares_is_offered():
 
 def test_a_run_whose_radii_have_no_average_does_not_stop_the_page():
     "Certified sequentially, at the radii of a table."
-    e = ACRExplorer(own='data/cifar10-methods/consistency')
+    e = ACRExplorer(own='data/cifar10-methods/0.25/consistency')
     assert 'my consistency does not stand beside SODM' in e.words.value and 'N = 10' in e.words.value
     assert 'my consistency' not in e.controls['second'].options
 

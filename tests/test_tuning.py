@@ -75,23 +75,51 @@ def test_the_best_trial_is_run_with_every_seed(tmp_path, monkeypatch):
         if 'tuning' in folder.parts: plain(setting, folder)
         else: asked.append((setting, folder))
     monkeypatch.setattr(tool, 'run', watched)
-    tool.tune_and_run(['gaussian'], tmp_path, 30, seeds=5)
+    tool.main([str(tmp_path), 'gaussian', '--epochs', '30'])
     best = tool.settings_of('gaussian', 30)[1]
     assert [setting for setting, _ in asked] == [best | dict(seed=seed) for seed in range(5)]
-    assert [folder for _, folder in asked] == [tmp_path/'seeds/gaussian'/str(seed) for seed in range(5)]
+    assert [folder for _, folder in asked] == [tmp_path/'equal_epochs/gaussian'/str(seed) for seed in range(5)]
     assert all('held_out' not in setting and setting['n'] == 10_000 for setting, _ in asked)
 
+    asked.clear()
+    tool.main([str(tmp_path), 'gaussian', '--epochs', '30', '--cost', '50', '--seeds', '2'])
+    assert [setting for setting, _ in asked] == [best | dict(seed=seed, epochs=50) for seed in range(2)]
+    assert [folder for _, folder in asked] == [tmp_path/'equal_cost/gaussian'/str(seed) for seed in range(2)]
+
+# Epochs of plain training that 30 epochs of a recipe cost. An attack of T steps on m copies: m (2T + 3)/3 each. The ACR
+# recipe begins after twelve, with 100 passes for its discard, and 16 for the weights of each third epoch from there on.
+COST = {'gaussian': 30, 'gaussian4': 30*4, 'stability': 30*2, 'smoothadv': 30*2*(2*4 + 3)/3, 'crt': 30*4/3,
+        'acr': 12*4 + 18*4*(2*3 + 3)/3 + (100 + 6*16)/3}
+
+@pytest.mark.parametrize('key', COST)
+def test_what_a_run_costs(key):
+    assert tool.cost_of(tool.settings_of(key, 30)[0]) == pytest.approx(COST[key])
+
+@pytest.mark.parametrize('key, epochs', [('gaussian4', 25), ('smoothadv', 13), ('sodm', 12)])
+def test_the_epochs_that_a_cost_pays(key, epochs):
+    "As many as fit into 100 epochs of plain training. SODM's first third is plain, with eight copies, as the rest."
+    recipe = tool.settings_of(key, 30)[0]
+    paid = tool.paid_by(100, recipe)
+    assert paid == recipe | dict(epochs=epochs)
+    assert tool.cost_of(paid) <= 100 < tool.cost_of(recipe | dict(epochs=epochs + 1))
+
+def test_a_cost_that_pays_nothing():
+    recipe = tool.settings_of('gaussian4', 30)[0]
+    with pytest.raises(ValueError, match='39 epochs of plain training do not pay 10 of gaussian'):
+        tool.paid_by(39, recipe)
+
 def test_what_is_kept_are_the_seeds_that_were_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, 'ROOT', tmp_path/'project')
-    monkeypatch.setattr(tool, 'settings_of', lambda key, epochs: [dict(method=key)] * 3)
+    place = tmp_path/'kept'
+    monkeypatch.setattr(tool, 'KEPT', place)
     for trial in range(3):
         (tmp_path/f'tuning/gaussian/{trial}').mkdir(parents=True)
         (tmp_path/f'tuning/gaussian/{trial}/metrics.json').write_text(json.dumps(dict(acr=.3 + trial/10)))
     for seed in range(4):
-        (tmp_path/f'seeds/gaussian/{seed}').mkdir(parents=True)
-        for name in 'metrics.json', 'certify.tsv': (tmp_path/f'seeds/gaussian/{seed}'/name).write_text(f'{seed}')
-    tool.keep(['gaussian'], tmp_path, 30, 3)
-    kept = tmp_path/'project/data/digits-seeds'
+        (tmp_path/f'equal_epochs/gaussian/{seed}').mkdir(parents=True)
+        for name in 'metrics.json', 'certify.tsv': (tmp_path/f'equal_epochs/gaussian/{seed}'/name).write_text(f'{seed}')
+    tool.main([str(tmp_path), 'gaussian', '--epochs', '30', '--seeds', '3', '--keep'])
+    kept = place/'equal_epochs'
     assert sorted(path.name for path in (kept/'gaussian').iterdir()) == [f'{seed}.tsv.gz' for seed in range(3)]
     assert gzip.decompress((kept/'gaussian/2.tsv.gz').read_bytes()) == b'2'
-    assert pd.read_csv(kept/'trials.csv').chosen.tolist() == [False, False, True]
+    assert pd.read_csv(place/'trials.csv').chosen.tolist() == [False, False, True]
+    assert pd.read_csv(kept/'costs.csv').to_dict('records') == [dict(method='gaussian', epochs=30, cost=30.)]

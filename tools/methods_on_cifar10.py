@@ -1,62 +1,85 @@
 """Every method on CIFAR-10 images, from one network: how far the same short training moves it.
 
-    python tools/methods_on_cifar10.py                     (four hours on one core)
-    python tools/methods_on_cifar10.py macer smoothadv     (some methods)
-    python tools/methods_on_cifar10.py --keep              (what is finished goes into data/cifar10-methods)
+    python tools/methods_on_cifar10.py 0.25                     (two and a half hours on one core)
+    python tools/methods_on_cifar10.py 0.5 macer smoothadv      (some methods)
+    python tools/methods_on_cifar10.py 0.5 --keep               (what is finished goes into data/cifar10-methods)
 
-Training from random weights is days on a processor. So each method starts from the network of data/cifar10-gaussian
-(30 epochs of Gaussian training, sigma = .25) and trains for two more epochs on each tenth training image, with its
-recipe for CIFAR-10 but for what `SHORT` and `OWN` say. Images: the JPEG copy at data/cache/cifar10-jpeg. Each hundredth
-test image is certified, sequentially. Runs go into runs/cifar10-methods; a run that is finished is not made again, one
-that was stopped goes on.
+Training from random weights is days on a processor. So each method starts from one network of its sigma: that of
+data/cifar10-gaussian (30 epochs of Gaussian training, sigma = .25) or, at .5, the same after five more epochs of
+Gaussian training there. It trains for two more epochs on each fifth training image, with its recipe for CIFAR-10 but
+for what `SHORT` and `OWN` say. Images: the JPEG copy at data/cache/cifar10-jpeg. 500 test images are certified,
+sequentially, in bfloat16, as it was trained. Runs go into runs/cifar10-methods; a run that is finished is not made
+again, one that was stopped goes on.
 """
 import argparse
 import shutil
-from pathlib import Path
 
-from recipes import ROOT, run, ship
+from costs import costs
+from recipes import ROOT, recipe_of, run, ship
+from rs_toolkit.catalogue import METHODS
 from rs_toolkit.common import unknown
 
-RUNS = Path('runs/cifar10-methods')
-START = 'data/cifar10-gaussian'
+GAUSSIAN = 'data/cifar10-gaussian'
+
+RADII = {.25: [0, .25, .5, .75], .5: [0, .25, .5, .75, 1, 1.25, 1.5]}
 
 # What all share. The learning rate is a tenth of most recipes', and drops once: the start has been through their drops.
-SHORT = dict(dataset='folder:data/cache/cifar10-jpeg', arch='cifar_resnet20', start=START, device='cpu',
-             train_every=10, epochs=2, batch_size=64, lr=.01, lr_drops=[],
-             procedure='sequential', procedure_args=dict(radii=[0, .25, .5, .75]), n=10_000, every=100)
+SHORT = dict(dataset='folder:data/cache/cifar10-jpeg', arch='cifar_resnet20', device='cpu', precision='bfloat16',
+             train_every=5, epochs=2, batch_size=64, lr=.01, lr_drops=[], procedure='sequential', n=10_000, every=20)
 
-# Fewer copies and steps than in the recipes where an epoch would cost more than ten plain ones; what a recipe begins
-# late begins at once. In the order in which they run: CRT needs its teacher.
-OWN = {
-    'gaussian': {},
-    'gaussian4': {},
-    'stability': {},
-    'consistency': {},
-    'smoothmix': dict(ramp={}),
-    'crt': dict(teacher=str(RUNS/'smoothmix')),
-    'sodm': dict(num_noise=8, method_args=dict(beta=1.)),                              # without a map
-    'acr': dict(ramp={}, curriculum_args=dict(start=0, threshold=.5, every=1, discard_noise=32)),
-    'catrs': dict(teacher=START, teacher_samples=16),
-    'macer': dict(num_noise=8),
-    'smoothadv': dict(num_noise=2, ramp={}, attack_args=dict(eps=1., steps=4)),
-}
+SHOWN = {.25: ['acr', 'catrs']}      # whose networks come along, for the pages
 
-SHOWN = 'acr', 'catrs'      # whose networks come along, for the pages
+def own_settings(sigma, runs):
+    """What a method does not share with the others: fewer copies and steps than in its recipe where an epoch would cost
+    more than ten plain ones; what a recipe begins late begins at once.
+    """
+    threshold = .5 if sigma == .25 else .4           # as in the recipes
+    return {
+        'smoothmix': dict(ramp={}),
+        'crt': dict(teacher=f'{runs}/smoothmix'),
+        'sodm': dict(num_noise=8, method_args=dict(beta=1.)),                          # without a map
+        'acr': dict(ramp={}, curriculum_args=dict(start=0, threshold=threshold, every=1, discard_noise=32)),
+        'catrs': dict(teacher=GAUSSIAN, teacher_samples=16),
+        'macer': dict(num_noise=8),
+        'smoothadv': dict(num_noise=2, ramp={}, attack_args=dict(eps=1., steps=4)),
+    }
 
-def train(key): run('train', f'cifar10/{key}_0.25', RUNS/key, **SHORT | OWN[key])
+def settings_of(key, sigma, start, runs):
+    "What is changed in a method's recipe."
+    shared = SHORT | dict(start=start, procedure_args=dict(radii=RADII[sigma]))
+    return shared | own_settings(sigma, runs).get(key, {})
 
-def keep(key):
-    finished = ROOT/RUNS/key
-    place = ROOT/'data/cifar10-methods'/key
-    if not (finished/'metrics.json').exists(): return
-    ship(finished, place)
-    if key in SHOWN: shutil.copy(finished/'model.safetensors', place)
+def make_start(sigma, runs):
+    "The network that all methods of this sigma start from: its run folder."
+    if sigma == .25: return GAUSSIAN
+    folder = f'{runs}/start'
+    longer = dict(train_every=1, epochs=5, lr=.05, schedule='cosine', batch_size=128, every=100)
+    run('train', f'cifar10/gaussian_{sigma}', folder, **settings_of('gaussian', sigma, GAUSSIAN, runs) | longer)
+    return folder
+
+def train(methods, sigma, runs):
+    start = make_start(sigma, runs)
+    for key in methods:
+        run('train', f'cifar10/{key}_{sigma}', f'{runs}/{key}', **settings_of(key, sigma, start, runs))
+
+def keep(methods, sigma, runs):
+    "Copy logs and histories of what is finished, and the networks that pages show; and count what each costs."
+    place = ROOT/'data/cifar10-methods'/str(sigma)
+    for key in methods:
+        finished = ROOT/runs/key
+        if not (finished/'metrics.json').exists(): continue
+        ship(finished, place/key)
+        if key in SHOWN.get(sigma, []): shutil.copy(finished/'model.safetensors', place/key)
+    settings = {key: recipe_of(f'cifar10/{key}_{sigma}') | settings_of(key, sigma, GAUSSIAN, runs) for key in METHODS}
+    costs(settings).to_csv(place/'costs.csv', index=False)
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('methods', nargs='*', default=list(OWN))
+    parser.add_argument('sigma', type=float, choices=RADII)
+    parser.add_argument('methods', nargs='*', default=list(METHODS))
     parser.add_argument('--keep', action='store_true', help='nothing runs; what is finished goes into data/')
     given = parser.parse_args()
     for key in given.methods:
-        if key not in OWN: parser.error(str(unknown('method', key, OWN)))
-    for key in given.methods: keep(key) if given.keep else train(key)
+        if key not in METHODS: parser.error(str(unknown('method', key, METHODS)))
+    work = keep if given.keep else train
+    work(given.methods, given.sigma, f'runs/cifar10-methods/{given.sigma}')

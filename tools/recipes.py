@@ -6,7 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
+
+def recipe_of(name):
+    "The settings in a file of recipes/."
+    return yaml.safe_load((ROOT/f'recipes/{name}.yaml').read_text())
+
+def merged(setting, change):
+    "The setting with the change, mapping by mapping."
+    both = {k: setting[k] | v for k, v in change.items() if isinstance(v, dict) and k in setting}
+    return setting | change | both
 
 def run(book, recipe, out, **given):
     "Run a recipe with a run notebook; `given` are parameters that win over it. What is finished is left alone."

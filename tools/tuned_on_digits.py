@@ -2,32 +2,36 @@
 
     python tools/tuned_on_digits.py runs/digits-seeds --epochs 30                            (three hours on one core)
     python tools/tuned_on_digits.py runs/digits-seeds gaussian4 smoothadv sodm --epochs 30   (some methods)
-    python tools/tuned_on_digits.py runs/digits-seeds --epochs 30 --seeds 3 --keep
+    python tools/tuned_on_digits.py runs/digits-seeds --epochs 30 --cost 400
+    python tools/tuned_on_digits.py runs/digits-seeds --epochs 30 --cost 400 --seeds 3 --keep
 
 Every method has the same number of trials, the first of which is its recipe. A trial learns without each fifth training
-image and is judged by the ACR on those; the test images are read by the runs that follow, and only by them. A command
-that was stopped goes on where it was. What it leaves: OUT/tuning/METHOD/TRIAL and OUT/seeds/METHOD/SEED, run folders;
-with --keep also the logs of all seeds, and a table of the trials, in data/digits-seeds.
+image and is judged by the ACR on those; the test images are read by the runs that follow, and only by them. Those have
+equal epochs or, with --cost, as many as cost so much: 400 are what 100 epochs of Gaussian training with four noises
+take. A command that was stopped goes on where it was. What it leaves: OUT/tuning/METHOD/TRIAL, and
+OUT/equal_epochs/METHOD/SEED or OUT/equal_cost/METHOD/SEED, run folders; with --keep also the logs of all seeds, a table
+of the trials, and one of the costs, in data/digits-seeds.
 """
 import argparse
-import ast
+import bisect
 import json
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
-from recipes import ROOT, pack
+from costs import ANNOUNCED, cost_of, costs
+from recipes import ROOT, merged, pack, recipe_of
 from rs_toolkit.bounds import max_radius
 from rs_toolkit.catalogue import METHODS
 from rs_toolkit.certify import certify_dataset
-from rs_toolkit.command import announced
 from rs_toolkit.common import unknown
 from rs_toolkit.metrics import radii_grid
 from rs_toolkit.processes import pick_device
 from rs_toolkit.recipe import Task, choose_parts, find_start, find_teacher, keep_run, learn_from, run_record
 from rs_toolkit.recipe import train_network
 from rs_toolkit.run import open_run, write_json
+
+KEPT = ROOT/'data/digits-seeds'
 
 TUNING = dict(held_out=5, n=1000)          # a trial is certified with fewer samples: it only has to be ranked
 
@@ -46,16 +50,12 @@ TRIALS = {
     'crt': [dict(lr=.05), dict(lr=.1)],
     'acr': [dict(attack_args=dict(eps=.5)), dict(curriculum_args=dict(threshold=.2))],
 }
+SHORTEST = 10                              # epochs in which each part of a recipe has at least one
 FEWER = {'macer': dict(num_noise=8)}       # the recipe draws 16, at twice the cost
-
-def merged(setting, change):
-    "The setting with the change, mapping by mapping."
-    both = {k: setting[k] | v for k, v in change.items() if isinstance(v, dict) and k in setting}
-    return setting | change | both
 
 def settings_of(key, epochs):
     "The recipe and its variations: as many for every method."
-    recipe = yaml.safe_load((ROOT/f'recipes/digits/{key}_0.5.yaml').read_text())
+    recipe = recipe_of(f'digits/{key}_0.5')
     recipe = merged(recipe, FEWER.get(key, {}) | dict(epochs=epochs))
     return [recipe] + [merged(recipe, change) for change in TRIALS[key]]
 
@@ -63,8 +63,7 @@ def run(setting, folder):
     "What train.ipynb does, without its pictures; a run that is finished is left alone."
     if (folder/'metrics.json').exists(): return
     print(folder, flush=True)
-    known = {name: ast.literal_eval(record['default']) for name, record in announced('train').items()}
-    config = known | setting | dict(device='cpu', out=str(folder))
+    config = ANNOUNCED | setting | dict(device='cpu', out=str(folder))
     parts = choose_parts(config)
     task = Task(config['dataset'], train_every=config['train_every'], held_out=config['held_out'])
     teacher = find_teacher(config, parts, task)
@@ -96,35 +95,61 @@ def taught(setting, teacher):
     "CRT learns from a SmoothMix run that saw the same images."
     return setting | dict(teacher=str(teacher)) if setting['method'] == 'crt' else setting
 
-def tune_and_run(keys, out, epochs, seeds):
-    "All trials, then all seeds: one seed of every method before the next."
-    best = {key: settings_of(key, epochs)[tune(key, out, epochs)] for key in keys}
-    for seed in range(seeds):
-        for key, setting in best.items():
-            teacher = out/'seeds'/'smoothmix'/str(seed)
-            run(taught(setting, teacher) | dict(seed=seed), out/'seeds'/key/str(seed))
+def paid_by(cost, setting):
+    "The setting with as many epochs as that cost pays."
+    choices = range(SHORTEST, cost + 1)
+    def too_many(epochs): return cost_of(setting | dict(epochs=epochs)) > cost
+    paid = bisect.bisect_left(choices, True, key=too_many)
+    if not paid:
+        raise ValueError(f"{cost} epochs of plain training do not pay {SHORTEST} of {setting['method']}: give more")
+    return setting | dict(epochs=choices[paid - 1])
 
-def keep(keys, out, epochs, seeds):
-    "Logs of all seeds, and a row per trial."
-    place = ROOT/'data/digits-seeds'
+def final_settings(keys, out, epochs, cost):
+    "By method: its best trial, at as many epochs as the trials had, or as the cost pays."
+    best = {key: settings_of(key, epochs)[tune(key, out, epochs)] for key in keys}
+    if cost is None: return best
+    return {key: paid_by(cost, setting) for key, setting in best.items()}
+
+def run_seeds(settings, seeds, out):
+    "One seed of every method before the next."
+    for seed in range(seeds):
+        for key, setting in settings.items():
+            teacher = out/'smoothmix'/str(seed)
+            run(taught(setting, teacher) | dict(seed=seed), out/key/str(seed))
+
+def keep(settings, seeds, runs, place):
+    "Logs of all seeds."
+    for key in settings:
+        for seed in range(seeds): pack(runs/key/str(seed)/'certify.tsv', place/key/f'{seed}.tsv.gz')
+
+def trials(keys, out, epochs):
+    "A row per trial."
     rows = []
     for key in keys:
-        for seed in range(seeds): pack(out/'seeds'/key/str(seed)/'certify.tsv', place/key/f'{seed}.tsv.gz')
         chosen = tune(key, out, epochs)
         for trial, change in enumerate([{}] + TRIALS[key]):
             rows.append(dict(method=key, trial=trial, change=json.dumps(change), epochs=epochs,
                              acr=round(judged(out/'tuning'/key/str(trial)), 4), chosen=trial == chosen))
-    pd.DataFrame(rows).to_csv(place/'trials.csv', index=False)
+    return pd.DataFrame(rows)
 
-if __name__ == '__main__':
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path)
     parser.add_argument('methods', nargs='*', default=list(METHODS))
-    parser.add_argument('--epochs', type=int, default=100, help='of every run')
+    parser.add_argument('--epochs', type=int, default=100, help='of every trial, and of every seed')
+    parser.add_argument('--cost', type=int, help='of every seed instead, in epochs of plain training')
     parser.add_argument('--seeds', type=int, default=5, help='of every method')
-    parser.add_argument('--keep', action='store_true', help='logs and trials go into data/digits-seeds')
-    given = parser.parse_args()
+    parser.add_argument('--keep', action='store_true', help='logs, trials and costs go into data/digits-seeds')
+    given = parser.parse_args(argv)
     for key in given.methods:
         if key not in TRIALS: parser.error(str(unknown('method', key, TRIALS)))
-    tune_and_run(given.methods, given.out.resolve(), given.epochs, given.seeds)
-    if given.keep: keep(given.methods, given.out.resolve(), given.epochs, given.seeds)
+    out = given.out.resolve()
+    budget = 'equal_epochs' if given.cost is None else 'equal_cost'
+    settings = final_settings(given.methods, out, given.epochs, given.cost)
+    run_seeds(settings, given.seeds, out/budget)
+    if not given.keep: return
+    keep(settings, given.seeds, out/budget, KEPT/budget)
+    trials(given.methods, out, given.epochs).to_csv(KEPT/'trials.csv', index=False)
+    costs(settings).to_csv(KEPT/budget/'costs.csv', index=False)
+
+if __name__ == '__main__': main()

@@ -193,7 +193,7 @@ GROUPS = {  # name -> folders in data/
     'digits, equal cost': 'digits-methods/equal_cost/*',
     'digits, σ = 0.25': 'digits-[cg]*',
     'CIFAR-10 (JPEG copy)': 'cifar10-*',
-    'CIFAR-10, from one network': 'cifar10-methods/*',
+    'CIFAR-10, from one network': 'cifar10-methods/*/*',
 }
 
 # %% ../../nbs/explore/00_core.ipynb #e0ea6292
