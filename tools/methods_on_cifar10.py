@@ -12,7 +12,6 @@ sequentially, in bfloat16, as it was trained. Runs go into runs/cifar10-methods;
 again, one that was stopped goes on.
 """
 import argparse
-import shutil
 
 from costs import costs
 from recipes import ROOT, recipe_of, run, ship
@@ -26,8 +25,6 @@ RADII = {.25: [0, .25, .5, .75], .5: [0, .25, .5, .75, 1, 1.25, 1.5]}
 # What all share. The learning rate is a tenth of most recipes', and drops once: the start has been through their drops.
 SHORT = dict(dataset='folder:data/cache/cifar10-jpeg', arch='cifar_resnet20', device='cpu', precision='bfloat16',
              train_every=5, epochs=2, batch_size=64, lr=.01, lr_drops=[], procedure='sequential', n=10_000, every=20)
-
-SHOWN = {.25: ['acr', 'catrs']}      # whose networks come along, for the pages
 
 def own_settings(sigma, runs):
     """What a method does not share with the others: fewer copies and steps than in its recipe where an epoch would cost
@@ -63,13 +60,12 @@ def train(methods, sigma, runs):
         run('train', f'cifar10/{key}_{sigma}', f'{runs}/{key}', **settings_of(key, sigma, start, runs))
 
 def keep(methods, sigma, runs):
-    "Copy logs and histories of what is finished, and the networks that pages show; and count what each costs."
+    "Copy logs and histories of what is finished, and count what each method costs."
     place = ROOT/'data/cifar10-methods'/str(sigma)
     for key in methods:
         finished = ROOT/runs/key
         if not (finished/'metrics.json').exists(): continue
         ship(finished, place/key)
-        if key in SHOWN.get(sigma, []): shutil.copy(finished/'model.safetensors', place/key)
     settings = {key: recipe_of(f'cifar10/{key}_{sigma}') | settings_of(key, sigma, GAUSSIAN, runs) for key in METHODS}
     costs(settings).to_csv(place/'costs.csv', index=False)
 

@@ -194,6 +194,7 @@ GROUPS = {  # name -> folders in data/
     'digits, σ = 0.25': 'digits-[cg]*',
     'CIFAR-10 (JPEG copy)': 'cifar10-*',
     'CIFAR-10, from one network': 'cifar10-methods/*/*',
+    'CIFAR-10, to look at': 'cifar10-networks/*',
 }
 
 # %% ../../nbs/explore/00_core.ipynb #e0ea6292

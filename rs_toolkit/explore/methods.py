@@ -102,8 +102,8 @@ SOURCES = {
         'CIFAR-10 (JPEG copy)', 'Our own runs: ResNet-20, 200 test images, N = 10,000. '
         'Training was interrupted, so its time says nothing.', timed=False),
     'CIFAR-10, from one network': ours(
-        'CIFAR-10, from one network', 'Our own runs: ResNet-20, two epochs from one Gaussian network, on a tenth of '
-        'the training images of the JPEG copy; one seed, 100 test images, N = 10,000 at most.', timed=False),
+        'CIFAR-10, from one network', 'Our own runs: ResNet-20, two epochs from one Gaussian network of each σ, on a '
+        'fifth of the training images of the JPEG copy; one seed, 500 test images, N = 10,000 at most.', timed=False),
 }
 
 # %% ../../nbs/explore/how/methods.ipynb #db4acac0

@@ -126,8 +126,7 @@ def at_hand(run):
 
 def name_of(folder):
     "The methods on CIFAR-10 are called as those on digits."
-    group = folder.parents[1].name
-    return f'{group}/{folder.name}' if group == 'cifar10-methods' else folder.name
+    return f'{folder.parent.name}/{folder.name}' if folder.parent.name == 'cifar10-networks' else folder.name
 
 def networks(
 )->list:  # (name, folder)
