@@ -7,9 +7,9 @@
 Training from random weights is days on a processor. So each method starts from one network of its sigma: that of
 data/cifar10-gaussian (30 epochs of Gaussian training, sigma = .25) or, at .5, the same after five more epochs of
 Gaussian training there. It trains for two more epochs on each fifth training image, with its recipe for CIFAR-10 but
-for what `SHORT` and `OWN` say. Images: the JPEG copy at data/cache/cifar10-jpeg. 500 test images are certified,
-sequentially, in bfloat16, as it was trained. Runs go into runs/cifar10-methods; a run that is finished is not made
-again, one that was stopped goes on.
+for what `SHORT` and `own_settings` say. Images: the JPEG copy at data/cache/cifar10-jpeg. 500 test images are
+certified, sequentially, in bfloat16, as it was trained. Runs go into runs/cifar10-methods; a run that is finished is
+not made again, one that was stopped goes on.
 """
 import argparse
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from recipes import ROOT, pack, run
+from recipes import ROOT, pack, recipe_of, run
 from rs_toolkit.log import read_log
 from rs_toolkit.paired import differences, judge
 
@@ -75,7 +75,7 @@ def acr_sweeps(runs):
     for name, given in ACR_SWEEPS.items(): make(runs, 'acr_sweeps', name, 'digits/acr_0.5', given)
 
 # SODM: one choice at a time, the others as in the recipe for digits, whose map is none.
-RECIPE = yaml.safe_load((ROOT/'recipes/digits/sodm_0.5.yaml').read_text())
+RECIPE = recipe_of('digits/sodm_0.5')
 
 def sodm(**given): return yaml.safe_dump({'method_args': RECIPE['method_args'] | given})
 
