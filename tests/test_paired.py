@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from rs_toolkit.metrics import average_certified_radius
-from rs_toolkit.paired import band, differences, holm, how_many, images_needed, in_words, power, verdicts
+from rs_toolkit.paired import band, differences, holm, how_many, images_needed, in_words, marked, power, verdicts
 
 def log_of(radii, weights='w'):
     "A log whose image i is right with radius radii[i]; it abstains where that is negative."
@@ -118,6 +118,14 @@ def test_where_no_image_tells_there_is_no_question():
     assert table.p['b', .2] == table.adjusted['b', .2] == 2**-19, 'the only question of the table'
     assert table.verdict.to_dict() == {('b', .2): 'better', ('b', 5.): '', ('c', .2): '', ('c', 5.): ''}
     assert verdicts(table.reset_index()).loc['b'].tolist() == ['+50.0 ▲', '+0.0']
+    values = marked(table.reset_index())
+    assert values.to_numpy().tolist() == [['50.0  ', '50.0  '], ['100.0 ▲', '50.0  '], ['50.0  ', '50.0  ']]
+
+def test_marked_values_have_one_baseline():
+    logs = {name: log_of([.1, .3, .5]) for name in 'abc'}
+    table = differences(logs, [.2], pairs=[('a', 'c'), ('b', 'c')])
+    with pytest.raises(ValueError, match='one baseline, but came a, b'): marked(table)
+    with pytest.raises(ValueError, match='came no rows'): marked(table[:0])
 
 # --- words and plans ---
 
