@@ -24,7 +24,7 @@ def cifar10(tmp_path, monkeypatch):
 
 def test_only_networks_of_cifar10_are_real(cifar10):
     real = [name.partition(',')[0] for name, folder in networks() if is_real(folder)]
-    assert real == ['cifar10-gaussian', 'cifar10-crt', 'cifar10-networks/acr', 'cifar10-networks/catrs']
+    assert real == ['cifar10-gaussian', 'cifar10-crt', 'cifar10-acr', 'cifar10-catrs', 'cifar10-smoothadv']
 
 def test_smooth_opens_with_few_samples_of_a_real_image(cifar10):
     e = SmoothExplorer(image=3)

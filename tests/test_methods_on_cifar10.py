@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from rs_toolkit.catalogue import METHODS
 from rs_toolkit.recipe import choose_parts
 from rs_toolkit.train import check_run
 
@@ -15,10 +14,10 @@ from costs import ANNOUNCED  # noqa: E402
 from recipes import recipe_of  # noqa: E402
 
 def config_of(key, sigma):
-    return ANNOUNCED | recipe_of(f'cifar10/{key}_{sigma}') | tool.settings_of(key, sigma, 'runs/start', 'runs')
+    return ANNOUNCED | recipe_of(tool.recipe_for(key, sigma)) | tool.settings_of(key, sigma, 'runs/start', 'runs')
 
 @pytest.mark.parametrize('sigma', tool.RADII)
-@pytest.mark.parametrize('key', METHODS)
+@pytest.mark.parametrize('key', tool.RUNS)
 def test_every_setting_is_one_that_a_run_takes(key, sigma):
     config = config_of(key, sigma)
     method, curriculum = choose_parts(config).rehearse()
@@ -31,7 +30,7 @@ def test_equal_epochs_on_equal_images_from_one_network(sigma):
     "What a comparison holds fixed."
     fixed = ['epochs', 'train_every', 'start', 'batch_size', 'lr', 'lr_drops', 'precision', 'seed', 'n', 'n0', 'alpha',
              'every', 'procedure', 'procedure_args', 'dataset', 'augment', 'weight_decay']
-    for name in fixed: assert len({str(config_of(key, sigma)[name]) for key in METHODS}) == 1, name
+    for name in fixed: assert len({str(config_of(key, sigma)[name]) for key in tool.RUNS}) == 1, name
 
 def test_a_recipe_begins_at_once():
     "Two epochs have no time for a warm-up; the easy data are chosen in both."

@@ -26,12 +26,20 @@ RADII = {.25: [0, .25, .5, .75], .5: [0, .25, .5, .75, 1, 1.25, 1.5]}
 SHORT = dict(dataset='folder:data/cache/cifar10-jpeg', arch='cifar_resnet20', device='cpu', precision='bfloat16',
              train_every=5, epochs=2, batch_size=64, lr=.01, lr_drops=[], procedure='sequential', n=10_000, every=20)
 
+# One method with more than one setting: the published one, and the one that digits chose.
+SODM = {'sodm_paper': dict(mapping='temperature', beta=6.), 'sodm_beta6': dict(beta=6.),
+        'sodm_votes': dict(mapping='temperature', learns='votes', mapping_noise=64, beta=1.)}
+RUNS = [*METHODS, *SODM]
+
+SHOWN = [('smoothadv', .25)]         # a network that pages open: 1.1 MB
+
 def own_settings(sigma, runs):
     """What a method does not share with the others: fewer copies and steps than in its recipe where an epoch would cost
     more than ten plain ones; what a recipe begins late begins at once.
     """
     threshold = .5 if sigma == .25 else .4           # as in the recipes
-    return {
+    more_of_sodm = {key: dict(num_noise=8, method_args=args) for key, args in SODM.items()}
+    return more_of_sodm | {
         'smoothmix': dict(ramp={}),
         'crt': dict(teacher=f'{runs}/smoothmix'),
         'sodm': dict(num_noise=8, method_args=dict(beta=1.)),                          # without a map
@@ -40,6 +48,10 @@ def own_settings(sigma, runs):
         'macer': dict(num_noise=8),
         'smoothadv': dict(num_noise=2, ramp={}, attack_args=dict(eps=1., steps=4)),
     }
+
+def recipe_for(key, sigma):
+    method, *_ = key.split('_')
+    return f'cifar10/{method}_{sigma}'
 
 def settings_of(key, sigma, start, runs):
     "What is changed in a method's recipe."
@@ -57,7 +69,7 @@ def make_start(sigma, runs):
 def train(methods, sigma, runs):
     start = make_start(sigma, runs)
     for key in methods:
-        run('train', f'cifar10/{key}_{sigma}', f'{runs}/{key}', **settings_of(key, sigma, start, runs))
+        run('train', recipe_for(key, sigma), f'{runs}/{key}', **settings_of(key, sigma, start, runs))
 
 def keep(methods, sigma, runs):
     "Copy logs and histories of what is finished, and count what each method costs."
@@ -65,17 +77,17 @@ def keep(methods, sigma, runs):
     for key in methods:
         finished = ROOT/runs/key
         if not (finished/'metrics.json').exists(): continue
-        ship(finished, place/key)
-    settings = {key: recipe_of(f'cifar10/{key}_{sigma}') | settings_of(key, sigma, GAUSSIAN, runs) for key in METHODS}
+        ship(finished, place/key, weights=(key, sigma) in SHOWN)
+    settings = {key: recipe_of(recipe_for(key, sigma)) | settings_of(key, sigma, GAUSSIAN, runs) for key in RUNS}
     costs(settings).to_csv(place/'costs.csv', index=False)
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('sigma', type=float, choices=RADII)
-    parser.add_argument('methods', nargs='*', default=list(METHODS))
+    parser.add_argument('methods', nargs='*', default=RUNS)
     parser.add_argument('--keep', action='store_true', help='nothing runs; what is finished goes into data/')
     given = parser.parse_args()
     for key in given.methods:
-        if key not in METHODS: parser.error(str(unknown('method', key, METHODS)))
+        if key not in RUNS: parser.error(str(unknown('run', key, RUNS)))
     work = keep if given.keep else train
     work(given.methods, given.sigma, f'runs/cifar10-methods/{given.sigma}')

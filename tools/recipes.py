@@ -34,7 +34,8 @@ def pack(log, place):
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(gzip.compress(log.read_bytes(), mtime=0))
 
-def ship(run, place):
-    "Copy a run, as far as tables and pages read it: not its weights."
+def ship(run, place, weights=False):
+    "Copy a run, as far as tables and pages read it; its weights only for those who show the network."
     place.mkdir(parents=True, exist_ok=True)
-    for file in ['certify.tsv', 'config.json', 'history.csv', 'metrics.json']: shutil.copy(run/file, place/file)
+    files = ['certify.tsv', 'config.json', 'history.csv', 'metrics.json'] + ['model.safetensors']*weights
+    for file in files: shutil.copy(run/file, place/file)

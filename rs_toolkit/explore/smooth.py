@@ -124,9 +124,10 @@ def at_hand(run):
     dataset = run.parameters['dataset']
     return run.weights.is_file() and (is_here(dataset) or 'cifar10' in dataset)
 
-def name_of(folder):
+def name_of(run):
     "The methods on CIFAR-10 are called as those on digits."
-    return f'{folder.parent.name}/{folder.name}' if folder.parent.name == 'cifar10-networks' else folder.name
+    name = run.folder.name
+    return f'cifar10-{name}' if 'cifar10' in run.parameters['dataset'] and not name.startswith('cifar10') else name
 
 def networks(
 )->list:  # (name, folder)
@@ -135,7 +136,7 @@ def networks(
         name = run.folder.name
         return len(run.folder.parts), name != 'digits-gaussian', not name.endswith('gaussian'), run.folder
     runs = sorted(filter(at_hand, shipped_runs()), key=order)
-    return [(f"{name_of(run.folder)}, σ = {run.parameters['sigma']:g}", str(run.folder)) for run in runs]
+    return [(f"{name_of(run)}, σ = {run.parameters['sigma']:g}", str(run.folder)) for run in runs]
 
 # %% ../../nbs/explore/how/smooth.ipynb #2a7c5b58
 N0 = 100        # samples that choose the class

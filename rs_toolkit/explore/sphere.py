@@ -64,7 +64,8 @@ def digits(split): return load('digits', split)
 def toy(problem): return train_toy(problem), *PROBLEMS[problem]()
 
 REAL = {'cifar10-gaussian': 'CIFAR-10, Gaussian', 'cifar10-crt': 'CIFAR-10, CRT',
-        'cifar10-networks/catrs': 'CIFAR-10, CAT-RS', 'cifar10-networks/acr': 'CIFAR-10, ACR paper'}
+        'cifar10-methods/0.25/smoothadv': 'CIFAR-10, SmoothAdv', 'cifar10-networks/catrs': 'CIFAR-10, CAT-RS',
+        'cifar10-networks/acr': 'CIFAR-10, ACR paper'}
 
 def folder_of(name): return data_folder()/(name if name in REAL else f'digits-methods/equal_epochs/{name}')
 
