@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from rs_toolkit.catalogue import METHODS
 from rs_toolkit.log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +90,13 @@ def test_python_runs_from_the_top(project, loggers, monkeypatch):
 
     assert len(names['log']) == 72
     assert len(read_log(project/'runs/certify.tsv')) == 72
-    assert names['digits_table']('equal_cost').index[0] == 'smoothadv'
+    acr = names['at_cost'].query("measure == 'ACR'").set_index('method').value
+    assert {*acr.index, 'gaussian4'} == {*METHODS}
+    for key in acr.index:
+        files = [*(ROOT/'data/digits-seeds/equal_cost'/key).iterdir()]
+        assert len(files) == 5
+        seeds = [pd.read_csv(file, sep='\t') for file in files]
+        assert acr[key] == pytest.approx(np.mean([(log.radius*log.correct).mean() for log in seeds])), key
     for logger in 'tensorboard', 'wandb':
         assert {step for who, step, *_ in loggers if who == logger} == set(range(5))
         assert {'ce', 'lr', 'seconds'} <= {name for who, _, name, _ in loggers if who == logger}

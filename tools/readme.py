@@ -5,6 +5,7 @@
 runs the notebook and writes README.md (and its figures) into FOLDER.
 """
 import base64
+import re
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def render(folder):
             data = output.get('data', {})
             if 'image/png' in data and output.get('name') != 'stderr':
                 pictures += 1
-                parts.append(picture(data['image/png'], f'nbs/images/index_{pictures}.png', folder))
+                name = f'nbs/images/index_{pictures}.png'
+                parts.append(picture(data['image/png'], name, words_of(cell.source), folder))
             elif text(output): parts.append(text(output))
     (folder/'README.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
 
@@ -41,11 +43,16 @@ def code(source):
     lines = [line for line in source.split('\n') if not line.startswith('#|')]
     return '\n'.join(['```python', *lines, '```'])
 
-def picture(content, name, folder):
+def words_of(source):
+    "What a cell's picture shows, in words; as Quarto writes it."
+    [words] = re.findall(r'^#\| fig-alt: (.+)', source, re.M)
+    return words
+
+def picture(content, name, words, folder):
     "A picture goes to a file below `folder`."
     (folder/name).parent.mkdir(parents=True, exist_ok=True)
     (folder/name).write_bytes(base64.b64decode(content))
-    return f'![]({name})'
+    return f'![{words}]({name})'
 
 def text(output):
     "An output as markdown: tables stay tables, text is indented; empty where there is nothing to read."

@@ -90,7 +90,7 @@ class Pair:
 
 # %% ../../nbs/explore/how/acr.ipynb #221bb8bc
 OPENING = 'ACR paper (digits, equal epochs)', 'SmoothAdv (digits, equal epochs)'
-WEAKER = 'SODM (digits, equal epochs)', 'MACER (digits, equal epochs)'           # where a few million samples decide
+WEAKER = 'MACER (digits, equal cost)', 'Gaussian m=1 (digits, equal cost)'        # where a billion samples decide
 
 def folders_of_runs(
 )->dict:  # name -> folder
@@ -309,9 +309,9 @@ DIGITS = dict(run=OPENING[0], second=OPENING[1], n=10_000, alpha=.001, dropped=.
 EARNS = 'who earns it'
 HIDES = 'what it hides'
 TIPS = [
-    Tip('ten million samples',
-        'Ten million samples, and the same answer to every image beats a network that was trained for it. No image has '
-        'become safer: only N grew.', DIGITS | dict(run=WEAKER[0], second=WEAKER[1], constant_n=1e7), EARNS),
+    Tip('ten billion samples',
+        'Ten billion samples, and the same answer to every image beats a network that was trained for it. No image has '
+        'become safer: only N grew.', DIGITS | dict(run=WEAKER[0], second=WEAKER[1], constant_n=1e10), EARNS),
     Tip('the best networks',
         'From about 10<sup>15</sup> samples on the constant answer beats both of these, too. Its class has 12 % of '
         'the images, more than one in ten, so it needs less than the theorem says.',
