@@ -96,6 +96,21 @@ def check_digits(e, budget):
     first = shown(e)['line 0']
     assert (first.line.shape, first.marker.opacity) == ('vh', 0)
 
+@pytest.mark.parametrize('budget', ['equal epochs', 'equal cost'])
+def test_five_seeds_are_drawn_as_their_mean(budget):
+    e = MethodsExplorer(f'digits, five seeds, {budget}')
+    drawn = curves(e)
+    assert drawn.keys() == {entry.label for entry in METHODS.values()}
+    folder = DATA/'digits-seeds'/budget.replace(' ', '_')
+    for key, entry in METHODS.items():
+        seeds = [pd.read_csv(file, sep='\t') for file in (folder/key).iterdir()]
+        x, y = drawn[entry.label]
+        by_seed = [[((log.correct == 1) & (log.radius >= r)).mean() for r in x] for log in seeds]
+        assert len(seeds) == 5
+        np.testing.assert_allclose(y, np.mean(by_seed, 0), err_msg=key)
+    costs = pd.read_csv(folder/'costs.csv', index_col='method').cost
+    assert set(shown(e)['cost'].x) == set(costs)
+
 def check_envelope(e, sigmas):
     drawn = curves(e)
     paper = table2()

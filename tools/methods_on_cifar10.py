@@ -1,6 +1,6 @@
 """Every method on CIFAR-10 images, from one network: how far the same short training moves it.
 
-    python tools/methods_on_cifar10.py 0.25                     (two and a half hours on one core)
+    python tools/methods_on_cifar10.py 0.25                     (four hours on one core)
     python tools/methods_on_cifar10.py 0.5 macer smoothadv      (some methods)
     python tools/methods_on_cifar10.py 0.5 --keep               (what is finished goes into data/cifar10-methods)
 
@@ -14,7 +14,7 @@ not made again, one that was stopped goes on.
 import argparse
 
 from costs import costs
-from recipes import ROOT, recipe_of, run, ship
+from recipes import ROOT, pack, recipe_of, run, ship
 from rs_toolkit.catalogue import METHODS
 from rs_toolkit.common import unknown
 
@@ -72,12 +72,13 @@ def train(methods, sigma, runs):
         run('train', recipe_for(key, sigma), f'{runs}/{key}', **settings_of(key, sigma, start, runs))
 
 def keep(methods, sigma, runs):
-    "Copy logs and histories of what is finished, and count what each method costs."
+    "Copy logs and histories of what is finished, of SODM's other settings the log; count what each method costs."
     place = ROOT/'data/cifar10-methods'/str(sigma)
     for key in methods:
         finished = ROOT/runs/key
         if not (finished/'metrics.json').exists(): continue
-        ship(finished, place/key, weights=(key, sigma) in SHOWN)
+        if key in SODM: pack(finished/'certify.tsv', place/f'{key}.tsv.gz')
+        else: ship(finished, place/key, weights=(key, sigma) in SHOWN)
     settings = {key: recipe_of(recipe_for(key, sigma)) | settings_of(key, sigma, GAUSSIAN, runs) for key in RUNS}
     costs(settings).to_csv(place/'costs.csv', index=False)
 
