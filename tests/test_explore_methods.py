@@ -171,6 +171,7 @@ def test_every_source_opens_and_reads(source):
         assert ((0 <= values) & (values <= 1)).all(), r
         assert (np.diff(values) <= 0).all(), r
     assert (len(shown(e)['no cost'].x) == 1) == (len(shown(e)['cost'].x) == 0)
+    assert not np.isnan(np.array(shown(e)['cost'].y, float)).any(), 'a dot without a place is not seen'
     if len(shown(e)['no cost'].x): assert 'not known' in shown(e)['no cost'].text[0]
 
 def test_between_printed_radii():

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'CATRS', 'IDEAL_COST', 'SECONDS', 'PASSES', 'MINE', 'SOURCES', 'MOST', 'PALE', 'STYLES', 'PLACES_BESIDE',
            'BESIDE', 'ROOM', 'POINTS', 'QUIET', 'LEADER', 'LOOKS', 'TITLES', 'PRINTED', 'CURVES', 'LOST', 'TIPS',
-           'pick', 'released', 'cifar10', 'no_results', 'Source', 'ours', 'from_one_network', 'five_seeds', 'counted',
-           'own_source', 'gaussians_first', 'Choice', 'percent', 'styles_in_words', 'behind_in_words', 'in_words',
-           'overlap', 'crowding', 'boxes_beside', 'free_places', 'curve_traces', 'height_of_differences', 'name_traces',
-           'cost_traces', 'still_traces', 'moving_traces', 'method_axes', 'method_traces', 'letters', 'kind_of',
-           'looks_of', 'opening_choice', 'methods_figure', 'export_figure', 'MethodsExplorer']
+           'pick', 'released', 'cifar10', 'no_results', 'Source', 'ours', 'five_seeds', 'own_source', 'gaussians_first',
+           'Choice', 'percent', 'styles_in_words', 'behind_in_words', 'in_words', 'overlap', 'crowding', 'boxes_beside',
+           'free_places', 'curve_traces', 'height_of_differences', 'name_traces', 'cost_traces', 'still_traces',
+           'moving_traces', 'method_axes', 'method_traces', 'letters', 'kind_of', 'looks_of', 'opening_choice',
+           'methods_figure', 'export_figure', 'MethodsExplorer']
 
 # %% ../../nbs/explore/how/methods.ipynb #5c366573
 from dataclasses import dataclass, replace
@@ -80,28 +80,19 @@ def ours(
     return Source(read, note, cost, results)
 
 # %% ../../nbs/explore/how/methods.ipynb #5eedc058
-def from_one_network(): return open_results([run.folder for run in shipped_runs('CIFAR-10, from one network')])
-
 def five_seeds(
     budget,  # folder in data/digits-seeds
-)->list:     # of `Result`
-    "Digits, every method tuned alike."
-    files = sorted((data_folder()/'digits-seeds'/budget).glob('*/*.tsv.gz'))
-    return open_results([], {file: dict(method=METHODS[file.parent.name].label) for file in files})
-
-def counted(
-    results,  # called without arguments: the logs
-    tables,   # sigma -> folder in data/ with costs.csv
-    note,     # what they are
+    note,    # what they are
 )->Source:
-    "Runs that ship, whose training is counted in passes."
+    "Digits, every method tuned alike."
+    def results():
+        files = sorted((data_folder()/'digits-seeds'/budget).glob('*/*.tsv.gz'))
+        return open_results([], {file: dict(method=METHODS[file.parent.name].label) for file in files})
     def read():
-        costs = {}
-        for sigma, folder in tables.items():
-            for row in pd.read_csv(data_folder()/folder/'costs.csv').itertuples():
-                if row.method in METHODS: costs[METHODS[row.method].label, sigma] = row.cost
+        costs = pd.read_csv(data_folder()/'digits-seeds'/budget/'costs.csv')
+        by_label = {METHODS[row.method].label: row.cost for row in costs.itertuples()}
         rows = rows_of(results())
-        return rows.assign(cost=[costs[pair] for pair in zip(rows.method, rows.sigma)])
+        return rows.assign(cost=rows.method.map(by_label))
     return Source(read, note, PASSES, results)
 
 # %% ../../nbs/explore/how/methods.ipynb #a2930cc1
@@ -128,18 +119,15 @@ SOURCES = {
     'CIFAR-10 (JPEG copy)': ours(
         'CIFAR-10 (JPEG copy)', 'Our own runs: ResNet-20, 200 test images, N = 10,000. '
         'Training was interrupted, so its time says nothing.', timed=False),
-    'CIFAR-10, from one network': counted(
-        from_one_network, {sigma: f'cifar10-methods/{sigma}' for sigma in [.25, .5]},
-        'Our own runs: ResNet-20, two epochs from one Gaussian network of each σ, on a fifth of the training images of '
-        'the JPEG copy; one seed, 500 test images, N = 10,000 at most. The training of CRT\'s teacher comes on top.'),
-    'digits, five seeds, equal epochs': counted(
-        lambda: five_seeds('equal_epochs'), {.5: 'digits-seeds/equal_epochs'},
-        'Our own runs, each method tuned alike; means of five seeds of 30 epochs. 360 test images, N = 10,000. '
-        'The training of CRT\'s teacher comes on top.'),
-    'digits, five seeds, equal cost': counted(
-        lambda: five_seeds('equal_cost'), {.5: 'digits-seeds/equal_cost'},
-        'Our own runs, each method tuned alike; means of five seeds, with the passes of 400 epochs of Gaussian '
-        'training. 360 test images, N = 10,000. The training of CRT\'s teacher comes on top.'),
+    'CIFAR-10, from one network': ours(
+        'CIFAR-10, from one network', 'Our own runs: ResNet-20, two epochs from one Gaussian network of each σ, on a '
+        'fifth of the training images of the JPEG copy; one seed, 500 test images, N = 10,000 at most.', timed=False),
+    'digits, five seeds, equal epochs': five_seeds(
+        'equal_epochs', 'Our own runs, each method tuned alike; means of five seeds of 30 epochs. 360 test images, '
+        "N = 10,000. The training of CRT's teacher comes on top."),
+    'digits, five seeds, equal cost': five_seeds(
+        'equal_cost', 'Our own runs, each method tuned alike; means of five seeds, with the passes of 400 epochs of '
+        "Gaussian training. 360 test images, N = 10,000. The training of CRT's teacher comes on top."),
 }
 
 # %% ../../nbs/explore/how/methods.ipynb #db4acac0
@@ -210,9 +198,9 @@ class Choice:
     @cached_property
     def top(self): return max(line.certified_accuracy.max() for line in self.lines.values())
     @cached_property
-    def costs(self):           # (method, sigma) -> row with cost and acr, where the cost is known
+    def costs(self):           # (method, sigma) -> row with cost and acr, where both are known
         first = {key: line.iloc[0] for key, line in lines(self.chosen).items()}
-        return {key: row for key, row in first.items() if row.cost > 0}
+        return {key: row for key, row in first.items() if row.cost > 0 and not np.isnan(row.acr)}
 
     @cached_property
     def table(self): return table_of(self.shown)
@@ -412,7 +400,7 @@ def cost_traces(c:Choice)->dict:
         'hovertext': [f'{escape(method)}, σ = {sigma:g}' for method, sigma in c.costs],
         'hovertemplate': '%{hovertext}: ACR %{y:.3f}, cost %{x:.3g}<extra></extra>'}}
     if not c.costs:
-        traces['no cost'] = {'x': [1], 'y': [.5], 'text': ['training cost not known'], 'textfont.color': [GREY],
+        traces['no cost'] = {'x': [1], 'y': [.5], 'text': ['training cost or ACR not known'], 'textfont.color': [GREY],
                              'textposition': 'middle center'}
     return traces
 
