@@ -15,8 +15,8 @@ COLOUR = '#123456'
 @pytest.fixture(autouse=True)
 def mine(tmp_path, monkeypatch):
     "A package whose data has one run more, of a method of one's own."
-    runs = tmp_path/'data/digits-methods/equal_epochs'
-    shutil.copytree(ROOT/'data/digits-methods/equal_epochs', runs)
+    methods = shutil.copytree(ROOT/'data/digits-methods', tmp_path/'data/digits-methods')
+    runs = methods/'equal_epochs'
     shutil.copytree(runs/'macer', runs/'mine')
     config = json.loads((runs/'mine/config.json').read_text())
     config['parameters']['method'] = 'mine'
