@@ -103,7 +103,7 @@ def test_five_seeds_are_drawn_as_their_mean(budget):
     assert drawn.keys() == {entry.label for entry in METHODS.values()}
     folder = DATA/'digits-seeds'/budget.replace(' ', '_')
     for key, entry in METHODS.items():
-        seeds = [pd.read_csv(file, sep='\t') for file in (folder/key).iterdir()]
+        seeds = [pd.read_csv(file, sep='\t') for file in (folder/key).glob('*.tsv.gz')]
         x, y = drawn[entry.label]
         by_seed = [[((log.correct == 1) & (log.radius >= r)).mean() for r in x] for log in seeds]
         assert len(seeds) == 5

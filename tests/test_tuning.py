@@ -119,7 +119,9 @@ def test_what_is_kept_are_the_seeds_that_were_asked_for(tmp_path, monkeypatch):
         for name in 'metrics.json', 'certify.tsv': (tmp_path/f'equal_epochs/gaussian/{seed}'/name).write_text(f'{seed}')
     tool.main([str(tmp_path), 'gaussian', '--epochs', '30', '--seeds', '3', '--keep'])
     kept = place/'equal_epochs'
-    assert sorted(path.name for path in (kept/'gaussian').iterdir()) == [f'{seed}.tsv.gz' for seed in range(3)]
+    assert {path.name for path in (kept/'gaussian').iterdir()} == {'0.tsv.gz', '1.tsv.gz', '2.tsv.gz', 'config.json'}
+    asked = json.loads((kept/'gaussian/config.json').read_text())['parameters']
+    assert (asked['dataset'], asked['epochs'], asked['lr']) == ('digits', 30, .05), 'of the trial that was chosen'
     assert gzip.decompress((kept/'gaussian/2.tsv.gz').read_bytes()) == b'2'
     assert pd.read_csv(place/'trials.csv').chosen.tolist() == [False, False, True]
     assert pd.read_csv(kept/'costs.csv').to_dict('records') == [dict(method='gaussian', epochs=30, cost=30.)]

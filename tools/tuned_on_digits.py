@@ -9,8 +9,8 @@ Every method has the same number of trials, the first of which is its recipe. A 
 image and is judged by the ACR on those; the test images are read by the runs that follow, and only by them. Those have
 equal epochs or, with --cost, as many as cost so much: 400 are what 100 epochs of Gaussian training with four noises
 take. A command that was stopped goes on where it was. What it leaves: OUT/tuning/METHOD/TRIAL, and
-OUT/equal_epochs/METHOD/SEED or OUT/equal_cost/METHOD/SEED, run folders; with --keep also the logs of all seeds, a table
-of the trials, and one of the costs, in data/digits-seeds.
+OUT/equal_epochs/METHOD/SEED or OUT/equal_cost/METHOD/SEED, run folders; with --keep also the logs of all seeds and
+what was asked for, a table of the trials, and one of the costs, in data/digits-seeds.
 """
 import argparse
 import bisect
@@ -118,9 +118,10 @@ def run_seeds(settings, seeds, out):
             run(taught(setting, teacher) | dict(seed=seed), out/key/str(seed))
 
 def keep(settings, seeds, runs, place):
-    "Logs of all seeds."
-    for key in settings:
+    "Logs of all seeds, and what was asked for."
+    for key, setting in settings.items():
         for seed in range(seeds): pack(runs/key/str(seed)/'certify.tsv', place/key/f'{seed}.tsv.gz')
+        write_json(place/key/'config.json', dict(parameters=setting))
 
 def trials(keys, out, epochs):
     "A row per trial."
