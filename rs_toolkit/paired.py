@@ -234,7 +234,7 @@ def marked(
     table:pd.DataFrame,  # of `differences`, all with one baseline
 )->pd.DataFrame:         # text: the baseline's row, then one per method; a column per measure
     "What each method certifies, in percent (ACR as it is); ▲ and ▼ are shown to differ from the first row."
-    baselines = table.baseline.unique()
+    baselines = [str(name) for name in table.baseline.unique()]
     if len(baselines) != 1: raise ValueError(f"marks want one baseline, but came {', '.join(baselines) or 'no rows'}")
     rows = {}
     for row in table.itertuples():

@@ -26,7 +26,7 @@ RADII = {.25: [0, .25, .5, .75], .5: [0, .25, .5, .75, 1, 1.25, 1.5]}
 SHORT = dict(dataset='folder:data/cache/cifar10-jpeg', arch='cifar_resnet20', device='cpu', precision='bfloat16',
              train_every=5, epochs=2, batch_size=64, lr=.01, lr_drops=[], procedure='sequential', n=10_000, every=20)
 
-# One method with more than one setting: the published one, and the one that digits chose.
+# One method with more settings: the published one, its beta alone, and the one that digits chose.
 SODM = {'sodm_paper': dict(mapping='temperature', beta=6.), 'sodm_beta6': dict(beta=6.),
         'sodm_votes': dict(mapping='temperature', learns='votes', mapping_noise=64, beta=1.)}
 RUNS = [*METHODS, *SODM]
